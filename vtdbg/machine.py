@@ -1,0 +1,36 @@
+"""A dump or a live target as one thing: memory, processors, and where the values come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Mapping, Optional
+
+from vtdbg.memory.base import PhysicalMemory
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """One processor.  `registers` holds what the source knows, by lower-case name ("rip", "cr3", "efer", "gdtr_base",
+    "gdtr_limit", "tr_selector", "tr_base", "tr_limit", "tr_attributes", ...); None or absent is "unknown", never 0."""
+
+    index: int
+    registers: Mapping[str, Optional[int]] = field(default_factory=dict)
+    source: str = ""
+
+    def get(self, name: str) -> Optional[int]:
+        return self.registers.get(name)
+
+
+@dataclass
+class Machine:
+    """`memory` is physical memory; `format` how it is stored ("elf", "raw", ...); `provenance` what a header line says of it;
+    `details` further facts of the format for `source info`; `warnings` what a reader must know (truncated, stale, ...)."""
+
+    memory: PhysicalMemory
+    name: str
+    format: str
+    provenance: str = ""
+    cpus: List[Cpu] = field(default_factory=list)
+    details: Dict[str, str] = field(default_factory=dict)
+    warnings: List[str] = field(default_factory=list)
+    live: bool = False

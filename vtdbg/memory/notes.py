@@ -1,0 +1,156 @@
+"""The notes of a core file: registers of the processors and what the kernel says of itself.
+
+Layouts: QEMU target/i386/arch_dump.c (`QEMUCPUState`, `x86_64_elf_prstatus`), Linux include/uapi/linux/elfcore.h (`elf_prstatus`) with
+arch/x86/include/asm/user_64.h and user_32.h (`user_regs_struct`); read November 2026.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+from vtdbg.machine import Cpu
+from vtdbg.memory.source import count_text
+
+MAX_CPUS = 8192
+MAX_VMCOREINFO = 1 << 16
+
+NT_PRSTATUS = 1
+
+QEMU_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")
+QEMU_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "ldtr", "tr", "gdtr", "idtr")
+QEMU_CONTROL = ("cr0", "cr1", "cr2", "cr3", "cr4")
+
+_QEMU_HEAD = struct.Struct("<II18Q")        # version, size of the structure, general registers
+_QEMU_SEGMENT = struct.Struct("<III4xQ")    # selector, limit, flags, padding, base
+_QEMU_CR = struct.Struct("<5Q")
+_QEMU_GS = struct.Struct("<Q")              # QEMU 4.1 and later
+QEMU_STATE_SIZE = _QEMU_HEAD.size + 10 * _QEMU_SEGMENT.size + _QEMU_CR.size
+
+# user_regs_struct in the order of the structure; "orig_*" is no register.
+PRSTATUS_64 = ("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi", "orig_rax", "rip",
+               "cs_selector", "rflags", "rsp", "ss_selector", "fs_base", "gs_base", "ds_selector", "es_selector", "fs_selector", "gs_selector")
+PRSTATUS_32 = ("rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rax", "ds_selector", "es_selector", "fs_selector", "gs_selector", "orig_eax", "rip",
+               "cs_selector", "rflags", "rsp", "ss_selector")
+_PRSTATUS_REGISTERS_64 = 112                # offsetof(elf_prstatus, pr_reg)
+_PRSTATUS_REGISTERS_32 = 72
+
+
+class Note(NamedTuple):
+    name: str
+    kind: int
+    data: memoryview
+
+
+class NoteFacts(NamedTuple):
+    """What the notes of one dump say.  `details` has the kernel's VMCOREINFO text; `warnings` what could not be read."""
+
+    cpus: List[Cpu]
+    details: Dict[str, str]
+    warnings: List[str]
+
+
+def split_notes(data: memoryview) -> Iterator[Note]:
+    """The notes of a PT_NOTE segment (name and descriptor padded to 4 bytes); stops at the first one that is cut."""
+    at, head = 0, struct.Struct("<III")
+    while at + head.size <= len(data):
+        name_size, data_size, kind = head.unpack_from(data, at)
+        name_at = at + head.size
+        data_at = name_at + (name_size + 3 & ~3)
+        end = data_at + data_size
+        if end > len(data):
+            return
+        name = bytes(data[name_at:name_at + min(name_size, 64)]).split(b"\0")[0]
+        if name or kind or data_size:
+            yield Note(name.decode("ascii", "backslashreplace"), kind, data[data_at:end])
+        at = data_at + (data_size + 3 & ~3)
+
+
+def notes_end(data: memoryview) -> int:
+    """Offset of the first byte that no whole note covers; len(data) (or a remainder below 12 bytes) if the notes are all there."""
+    at = 0
+    while at + 12 <= len(data):
+        name_size, data_size, _ = struct.unpack_from("<III", data, at)
+        end = at + 12 + (name_size + 3 & ~3) + data_size
+        if end > len(data):
+            return at
+        at = min(end + 3 & ~3, len(data))
+    return at
+
+
+def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
+    """Processors and details out of the notes; `bits` (32 or 64) is the width of NT_PRSTATUS.
+
+    The `QEMU` note has all that NT_PRSTATUS has and the system registers besides, so it wins where both are there.
+    """
+    qemu: List[Cpu] = []
+    plain: List[Cpu] = []
+    details: Dict[str, str] = {}
+    warnings: List[str] = []
+    too_many = False
+    for note in split_notes(data):
+        if note.name == "QEMU" and note.kind == 0:
+            if len(note.data) < QEMU_STATE_SIZE:
+                warnings.append(f"QEMU's note for processor {len(qemu)} has {len(note.data):#x} bytes instead of {QEMU_STATE_SIZE:#x} or more: left out")
+            elif len(qemu) < MAX_CPUS:
+                qemu.append(Cpu(len(qemu), qemu_registers(note.data), "QEMU note"))
+            else:
+                too_many = True
+        elif note.name == "CORE" and note.kind == NT_PRSTATUS:
+            names, at, width = (PRSTATUS_64, _PRSTATUS_REGISTERS_64, 8) if bits == 64 else (PRSTATUS_32, _PRSTATUS_REGISTERS_32, 4)
+            if len(note.data) < at + width * len(names):
+                warnings.append(f"NT_PRSTATUS of processor {len(plain)} has only {len(note.data):#x} bytes: left out")
+            elif len(plain) < MAX_CPUS:
+                plain.append(Cpu(len(plain), prstatus_registers(note.data, names, at, width), "NT_PRSTATUS note"))
+            else:
+                too_many = True
+        elif note.name == "VMCOREINFO":
+            details.update(vmcoreinfo_details(note.data))
+    if too_many:
+        warnings.append(f"the notes name more than {MAX_CPUS} processors: the rest is left out")
+    if notes_end(data) + 12 <= len(data):
+        warnings.append("the notes are cut: registers of some processors are missing")
+    if len(warnings) > 8:
+        warnings[8:] = [f"and {count_text(len(warnings) - 8, 'more warning')} about the notes"]
+    return NoteFacts(qemu or plain, details, warnings)
+
+
+def qemu_registers(data: memoryview) -> Dict[str, int]:
+    """Registers of QEMU's CPU-state note.
+
+    `*_attributes` are bits 8-15 and 20-23 of the descriptor's second doubleword, shifted down by 8: the access-rights format of the VMCS
+    without its "unusable" bit, which the note does not have.  EFER is not in the note, so it stays unknown.
+    """
+    _, size, *general = _QEMU_HEAD.unpack_from(data)
+    registers: Dict[str, int] = dict(zip(QEMU_GENERAL, general))
+    at = _QEMU_HEAD.size
+    for name in QEMU_SEGMENTS:
+        selector, limit, flags, base = _QEMU_SEGMENT.unpack_from(data, at)
+        at += _QEMU_SEGMENT.size
+        registers[f"{name}_base"], registers[f"{name}_limit"] = base, limit
+        if name not in ("gdtr", "idtr"):
+            registers[f"{name}_selector"], registers[f"{name}_attributes"] = selector, flags >> 8 & 0xF0FF
+    registers.update((name, value) for name, value in zip(QEMU_CONTROL, _QEMU_CR.unpack_from(data, at)) if name != "cr1")
+    at += _QEMU_CR.size
+    if min(size, len(data)) >= at + _QEMU_GS.size:
+        registers["kernel_gs_base"] = _QEMU_GS.unpack_from(data, at)[0]
+    return registers
+
+
+def prstatus_registers(data: memoryview, names: Tuple[str, ...], at: int, width: int) -> Dict[str, int]:
+    """Registers of NT_PRSTATUS: no control registers, no descriptor tables; selectors without their hidden parts."""
+    values = struct.unpack_from(f"<{len(names)}{'Q' if width == 8 else 'I'}", data, at)
+    return {name: value for name, value in zip(names, values) if not name.startswith("orig_")}
+
+
+def vmcoreinfo_details(data: memoryview) -> Dict[str, str]:
+    """The kernel's VMCOREINFO text (at most 64 KiB of it) and, by themselves, the lines that a reader asks for first."""
+    text = bytes(data[:MAX_VMCOREINFO]).split(b"\0")[0].decode("ascii", "backslashreplace")
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    details = {"vmcoreinfo": text}
+    for line in text.split("\n"):
+        key, _, value = line.partition("=")
+        title = {"OSRELEASE": "kernel release", "KERNELOFFSET": "kernel offset (KASLR)", "CRASHTIME": "crash time"}.get(key)
+        if title:
+            details[title] = value
+    return details

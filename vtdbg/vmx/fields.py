@@ -1,0 +1,123 @@
+"""The VMCS fields: one row of `data/vmcs_fields.csv` each, found by encoding or by any source's name for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Dict, List, Mapping, Optional, Tuple, Union
+
+from vtdbg import bits
+from vtdbg.errors import UnknownName
+from vtdbg.names import near_names
+
+WIDTHS = {"16": 2, "64": 8, "32": 4, "natural": 8}
+
+GROUPS = {
+    "guest-register": "Guest-state area: registers",
+    "guest-non-register": "Guest-state area: non-register state",
+    "host": "Host-state area",
+    "execution-control": "VM-execution controls",
+    "exit-control": "VM-exit controls",
+    "entry-control": "VM-entry controls",
+    "exit-info": "VM-exit information",
+}
+"""Groups in the SDM's order (SDM vol. 3, Organization of VMCS Data)."""
+
+_ALIAS_COLUMNS = ("ia32doc", "bochs", "xen", "kut", "rust", "tdx", "vbox")
+
+
+@dataclass(frozen=True)
+class VmcsField:
+    """One field.  `size` in bytes is what a VMREAD gives (natural-width: 8); `gate` see the head of vmcs_fields.csv."""
+
+    encoding: int
+    name: str
+    title: str
+    width: str
+    type: str
+    group: str
+    gate: str
+    bits: str
+    aliases: Tuple[str, ...]
+    notes: str
+
+    @property
+    def size(self) -> int:
+        return WIDTHS[self.width]
+
+    @property
+    def digits(self) -> int:
+        """Hex digits of a full value."""
+        return self.size * 2
+
+    @property
+    def table(self) -> Optional[bits.BitTable]:
+        return bits.table(self.bits) if self.bits else None
+
+
+def _field(row: Mapping[str, str]) -> VmcsField:
+    aliases = tuple(dict.fromkeys(row[column] for column in _ALIAS_COLUMNS if row[column]))
+    return VmcsField(int(row["encoding"], 16), row["name"], row["title"], row["width"], row["type"], row["group"],
+                     row["gate"], row["bits"], aliases, row["notes"])
+
+
+@lru_cache(maxsize=None)
+def fields() -> Mapping[int, VmcsField]:
+    """Every known field by its (even, full-access) encoding, in encoding order."""
+    rows = [_field(row) for row in bits.read_rows("vmcs_fields.csv")]
+    return {row.encoding: row for row in sorted(rows, key=lambda row: row.encoding)}
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+@lru_cache(maxsize=None)
+def _by_name() -> Dict[str, VmcsField]:
+    """Canonical names win over aliases: Xen's and rust-x86's names sometimes equal another field's Linux name."""
+    names: Dict[str, VmcsField] = {}
+    for row in fields().values():
+        for alias in row.aliases + (row.title,):
+            names.setdefault(_key(alias), row)
+    for row in fields().values():
+        names[_key(row.name)] = row
+    return names
+
+
+def names() -> List[str]:
+    """Canonical names in encoding order (completion)."""
+    return [row.name for row in fields().values()]
+
+
+def find(name: Union[str, int]) -> VmcsField:
+    """The field by encoding (int, "0x681e") or by any source's name in any case; UnknownName with the near names.
+
+    The high-access encoding of a 64-bit field (odd) finds the field itself.
+    """
+    found = get(name)
+    if found is None:
+        shown = hex(name) if isinstance(name, int) else name
+        raise UnknownName("VMCS field", shown, near_names(name, names()) if isinstance(name, str) else near_encodings(name))
+    return found
+
+
+def get(name: Union[str, int]) -> Optional[VmcsField]:
+    """Like `find`, None where nobody knows it."""
+    if isinstance(name, str):
+        text = name.strip()
+        if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
+            return get(int(text, 16))
+        return _by_name().get(_key(text))
+    found = fields().get(name)
+    if found is None and name & 1:
+        found = fields().get(name & ~1)
+        # Only 64-bit fields have a high half (SDM vol. 3, Field Encoding in VMCS).
+        if found is not None and found.width != "64":
+            return None
+    return found
+
+
+def near_encodings(encoding: int) -> Tuple[str, ...]:
+    close = sorted(fields(), key=lambda known: abs(known - encoding))[:2]
+    return tuple(f"{known:#x} ({fields()[known].name})" for known in close)
