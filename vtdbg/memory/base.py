@@ -47,7 +47,7 @@ class PhysicalMemory(ABC):
 
     def close(self) -> None:
         """Give back what the memory holds open (a mapped file); nothing where it holds nothing.  Reading afterwards is an error."""
-        return None
+        return
 
     def __enter__(self: _Memory) -> _Memory:
         return self

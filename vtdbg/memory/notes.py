@@ -91,7 +91,7 @@ def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
     for note in split_notes(data):
         if note.name == "QEMU" and note.kind == 0:
             if len(note.data) < QEMU_STATE_SIZE:
-                warnings.append(f"QEMU's note for processor {len(qemu)} has {len(note.data):#x} bytes instead of {QEMU_STATE_SIZE:#x} or more: left out")
+                warnings.append(f"QEMU's note for processor {len(qemu)} has only {len(note.data):#x} bytes: left out")
             elif len(qemu) < MAX_CPUS:
                 qemu.append(Cpu(len(qemu), qemu_registers(note.data), "QEMU note"))
             else:
