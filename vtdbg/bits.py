@@ -23,7 +23,7 @@ import csv
 import io
 import pkgutil
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import UnknownName
@@ -192,7 +192,7 @@ def _is_shown(decoded: BitValue) -> bool:
     return decoded.number != 0 or row.kind in ("enum", "address", "linear") or 0 in row.values
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names_of(table: BitTable) -> Dict[str, BitField]:
     names: Dict[str, BitField] = {}
     for row in table.fields:
@@ -229,7 +229,7 @@ def _field(row: Mapping[str, str]) -> BitField:
 FILES = ("controls", "capabilities", "formats", "registers", "paging", "svm")
 
 
-@lru_cache(maxsize=None)
+@cache
 def tables() -> Mapping[str, BitTable]:
     """Every packaged table by id."""
     fields: Dict[str, List[BitField]] = {}

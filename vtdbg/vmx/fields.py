@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Dict, List, Mapping, Optional, Tuple, Union
 
-from vtdbg import bits
+from vtdbg.bits import BitTable, read_rows
+from vtdbg.bits import table as bit_table
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
 
@@ -52,8 +53,8 @@ class VmcsField:
         return self.size * 2
 
     @property
-    def table(self) -> Optional[bits.BitTable]:
-        return bits.table(self.bits) if self.bits else None
+    def table(self) -> Optional[BitTable]:
+        return bit_table(self.bits) if self.bits else None
 
 
 def _field(row: Mapping[str, str]) -> VmcsField:
@@ -62,10 +63,10 @@ def _field(row: Mapping[str, str]) -> VmcsField:
                      row["gate"], row["bits"], aliases, row["notes"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def fields() -> Mapping[int, VmcsField]:
     """Every known field by its (even, full-access) encoding, in encoding order."""
-    rows = [_field(row) for row in bits.read_rows("vmcs_fields.csv")]
+    rows = [_field(row) for row in read_rows("vmcs_fields.csv")]
     return {row.encoding: row for row in sorted(rows, key=lambda row: row.encoding)}
 
 
@@ -73,7 +74,7 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _by_name() -> Dict[str, VmcsField]:
     """Canonical names win over aliases: Xen's and rust-x86's names sometimes equal another field's Linux name."""
     names: Dict[str, VmcsField] = {}
