@@ -1,0 +1,84 @@
+"""Dumps of real hypervisors, decompressed once a test session, and what the hypervisor's own kernel said about them."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+_ZEROS = bytes(4096)
+
+
+def unpack_sparse(packed: Path, target: Path) -> Path:
+    """`packed` (.xz) as a file in which pages of zeros are holes: 128 MiB of RAM take the room of what is stored in them."""
+    with lzma.open(packed) as source, open(target, "wb") as output:
+        size = 0
+        while True:
+            block = source.read(1 << 20)
+            if not block:
+                break
+            for at in range(0, len(block), 4096):
+                page = block[at:at + 4096]
+                if page != _ZEROS[:len(page)]:
+                    output.seek(size + at)
+                    output.write(page)
+            size += len(block)
+        output.truncate(size)
+    return target
+
+
+def _truth(path: str) -> Dict[str, Any]:
+    return json.loads((DATA / path).read_text())
+
+
+@pytest.fixture(scope="session")
+def dumps_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dumps")
+
+
+@pytest.fixture(scope="session")
+def intel_plain(dumps_dir: Path) -> Path:
+    """Raw RAM of KVM on Bochs 2.7: VM A (VMCS 0x6826000, HLT exit) and VM B (VMCS in the truth, failed entry)."""
+    return unpack_sparse(DATA / "intel/kvm-bochs27.raw.xz", dumps_dir / "kvm-bochs27.raw")
+
+
+@pytest.fixture(scope="session")
+def intel_nested(dumps_dir: Path) -> Path:
+    """Raw RAM of KVM on Bochs 2.7 with a hypervisor in its guest: vmcs01, vmcs02, shadow, cached vmcs12, flushed and stale vmcs12 pages."""
+    return unpack_sparse(DATA / "intel/kvm-bochs27-nested.raw.xz", dumps_dir / "kvm-bochs27-nested.raw")
+
+
+@pytest.fixture(scope="session")
+def amd_exit(dumps_dir: Path) -> Path:
+    """ELF core of KVM-AMD stopped in the host just after #VMEXIT 0x400."""
+    return unpack_sparse(DATA / "amd/kvm96-exit.trim.elf.xz", dumps_dir / "kvm96-exit.elf")
+
+
+@pytest.fixture(scope="session")
+def amd_l2(dumps_dir: Path) -> Path:
+    """ELF core of KVM-AMD stopped while the guest runs: the VMCB is as of the last #VMEXIT."""
+    return unpack_sparse(DATA / "amd/kvm96-l2.trim.elf.xz", dumps_dir / "kvm96-l2.elf")
+
+
+@pytest.fixture(scope="session")
+def intel_plain_truth() -> Dict[str, Any]:
+    return _truth("intel/kvm-bochs27.truth.json")
+
+
+@pytest.fixture(scope="session")
+def intel_nested_truth() -> Dict[str, Any]:
+    return _truth("intel/kvm-bochs27-nested.truth.json")
+
+
+@pytest.fixture(scope="session")
+def amd_exit_truth() -> Dict[str, Any]:
+    return _truth("amd/kvm96-exit.truth.json")
+
+
+@pytest.fixture(scope="session")
+def amd_l2_truth() -> Dict[str, Any]:
+    return _truth("amd/kvm96-l2.truth.json")
