@@ -1,0 +1,17 @@
+#!/bin/sh
+# setup.sh: what the tests drive and pip cannot bring.  Installs by apt when it may; says what is missing when it may not.
+# A test whose program is missing skips with that reason, and fails with VTDBG_REQUIRE_LIVE=1.
+set -eu
+missing=
+need() {  # need COMMAND PACKAGE
+    command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
+}
+need g++ g++
+[ -z "$missing" ] && exit 0
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+    apt-get update -qq
+    # shellcheck disable=SC2086  # a list of package names
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
+else
+    echo "tests that need these are skipped; to have them: apt-get install$missing" >&2
+fi

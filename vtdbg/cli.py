@@ -1,0 +1,63 @@
+"""The command line: `vtdbg GROUP VERB ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Dict, List, Optional, Sequence
+
+from vtdbg.commands.run import run_words
+from vtdbg.commands.session import Session
+from vtdbg.report import Report
+
+GLOBAL_FLAGS = ("-s", "--source", "--format", "--layout", "--caps", "--color", "--width")
+
+
+def _render(report: Report, options: Dict[str, Any]) -> str:
+    from vtdbg.render.text import render_text, terminal_width, wants_colour
+
+    return render_text(report, options.get("width") or terminal_width(), wants_colour(sys.stdout, options.get("color") or "auto"))
+
+
+def reorder(words: Sequence[str]) -> List[str]:
+    """Common options may stand before the group too: `vtdbg -s DUMP vmcs list`."""
+    leading: List[str] = []
+    rest = list(words)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help", "--version"):
+        flag = rest.pop(0)
+        leading.append(flag)
+        if flag in GLOBAL_FLAGS and rest:
+            leading.append(rest.pop(0))
+    position = 2 if len(rest) > 1 and not rest[1].startswith("-") else 1
+    return rest[:position] + leading + rest[position:]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs one command; the return value is the exit status."""
+    words = reorder(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        import vtdbg
+
+        print(f"vtdbg {vtdbg.__version__}")
+        return 0
+    session = Session()
+    try:
+        outcome = run_words(words, session, _render)
+        if outcome.error:
+            print(outcome.error, file=sys.stderr)
+        sys.stdout.write(outcome.text)
+        sys.stdout.flush()
+        return outcome.status
+    except BrokenPipeError:
+        # `vtdbg ... | head`: the reader has what it wants; Python must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{session.program}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Every verb is declared once, here: its words, arguments and help.  CLI, GDB, WinDbg and the shell are generated from it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from vtdbg.errors import UnknownName, UsageError
+from vtdbg.names import near_names
+from vtdbg.report import Report
+
+KINDS = ("address", "int", "text", "field", "path", "flag", "choice", "register")
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A positional argument.  `kind` drives parsing and completion; `nargs` is '' (one), '?', '*' or '+'."""
+
+    name: str
+    kind: str
+    help: str
+    nargs: str = ""
+    choices: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opt:
+    """An option.  A `flag` takes no value; `many` collects repeated ones."""
+
+    flag: str
+    kind: str
+    help: str
+    choices: Tuple[str, ...] = ()
+    default: Any = None
+    many: bool = False
+    metavar: str = ""
+
+    @property
+    def dest(self) -> str:
+        return self.flag.lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`words` like ("ept", "walk").  `live` verbs need a debugger; `changes` ones write to the target and ask first."""
+
+    words: Tuple[str, ...]
+    summary: str
+    arguments: Tuple[Arg, ...]
+    options: Tuple[Opt, ...]
+    run: Callable[..., Report]
+    description: str = ""
+    live: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.words)
+
+
+# A group is a module of vtdbg.commands: imported only when one of its verbs is used, so that `--help` and completion stay fast.
+GROUPS: Mapping[str, str] = {
+    "vmcs": "VMCS: find, dump, get, check",
+    "vmcb": "VMCB: find, dump, get, check",
+    "ept": "EPT: where a guest-physical address goes",
+    "npt": "NPT: the same for AMD",
+    "gva": "guest-virtual addresses through both dimensions",
+    "source": "what the dump or the target is",
+}
+
+_VERBS: Dict[Tuple[str, ...], Verb] = {}
+
+
+def verb(name: str, summary: str, *parameters: "Arg | Opt", description: str = "", live: bool = False) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
+    """Declares the decorated function as a verb; it is called with the Session and one keyword an argument."""
+    arguments = tuple(item for item in parameters if isinstance(item, Arg))
+    options = tuple(item for item in parameters if isinstance(item, Opt))
+
+    def declare(function: Callable[..., Report]) -> Callable[..., Report]:
+        words = tuple(name.split())
+        _VERBS[words] = Verb(words, summary, arguments, options, function, description or (function.__doc__ or "").strip(), live)
+        return function
+
+    return declare
+
+
+def verbs_of(group: str) -> List[Verb]:
+    """The verbs of a group, in the order of their declaration."""
+    if group not in GROUPS:
+        raise UnknownName("command", group, near_names(group, GROUPS))
+    importlib.import_module(f"vtdbg.commands.{group}")
+    return [found for words, found in _VERBS.items() if words[0] == group]
+
+
+def all_verbs() -> List[Verb]:
+    return [found for group in GROUPS for found in verbs_of(group)]
+
+
+def find_verb(words: Sequence[str]) -> Tuple[Verb, List[str]]:
+    """The verb that the words begin with, and the words after it."""
+    if not words:
+        raise UsageError(f"no command: one of {', '.join(GROUPS)}")
+    verbs = {found.words: found for found in verbs_of(words[0])}
+    for length in (2, 1):
+        found = verbs.get(tuple(words[:length]))
+        if found:
+            return found, list(words[length:])
+    known = [words_[1] for words_ in verbs if len(words_) > 1]
+    if len(words) == 1 or words[1].startswith("-"):
+        raise UsageError(f"{words[0]}: which one? {', '.join(known)}")
+    raise UnknownName(f"{words[0]} command", words[1], near_names(words[1], known) or tuple(known))
+
+
+COMMON_OPTIONS: Tuple[Opt, ...] = (
+    Opt("--source", "path", "dump file, or gdb:HOST:PORT", metavar="SOURCE"),
+    Opt("--format", "text", "format of the dump (default: recognised by content)"),
+    Opt("--layout", "text", "VMCS page layout: a name from `vmcs layouts`, or a layout file", metavar="NAME|FILE"),
+    Opt("--caps", "text", "capability MSRs: a file, or the name of a processor preset", metavar="FILE|PRESET"),
+    Opt("--json", "flag", "print JSON"),
+    Opt("--python", "flag", "print the Python that does the same"),
+    Opt("--color", "choice", "when to colour", choices=("auto", "always", "never"), default="auto"),
+    Opt("--width", "int", "columns of the text (default: the terminal's, else 80)"),
+)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of ending the process: a debugger must survive a typo."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+@cache
+def parser_for(found: Verb, program: str = "vtdbg") -> ArgumentParser:
+    """The verb's command line as an argparse parser, common options included."""
+    parser = ArgumentParser(prog=f"{program} {found.name}".strip(), description=found.description or found.summary, add_help=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for argument in found.arguments:
+        extra: Dict[str, Any] = {"nargs": argument.nargs} if argument.nargs else {}
+        if argument.choices:
+            extra["choices"] = argument.choices
+        parser.add_argument(argument.name, help=argument.help, metavar=argument.name.upper(), **extra)
+    for title, options in (("options", found.options), ("common options", COMMON_OPTIONS)):
+        section = parser.add_argument_group(title)
+        for option in options:
+            _add_option(section, option)
+        if options is COMMON_OPTIONS:
+            section.add_argument("-h", "--help", action="store_true", dest="help", help="this text")
+    return parser
+
+
+def _add_option(section: Any, option: Opt) -> None:
+    flags = [option.flag] + (["-s"] if option.flag == "--source" else [])
+    if option.kind == "flag":
+        section.add_argument(*flags, action="store_true", help=option.help)
+        return
+    extra: Dict[str, Any] = {"choices": option.choices} if option.choices else {"metavar": option.metavar or option.kind.upper()}
+    section.add_argument(*flags, help=option.help, default=option.default, action="append" if option.many else "store", **extra)
+
+
+def parse(found: Verb, words: Sequence[str], convert: Callable[[str, str], Any], program: str = "vtdbg") -> Dict[str, Any]:
+    """The verb's arguments by name, converted by `convert(kind, text)`; common options included.  Raises UsageError."""
+    space = vars(parser_for(found, program).parse_args(list(words)))
+    kinds = {argument.name: argument.kind for argument in found.arguments}
+    kinds.update({option.dest: option.kind for option in found.options + COMMON_OPTIONS})
+    return {name: _converted(kinds.get(name, "text"), value, convert) for name, value in space.items()}
+
+
+def _converted(kind: str, value: Any, convert: Callable[[str, str], Any]) -> Any:
+    if isinstance(value, list):
+        return [_converted(kind, item, convert) for item in value]
+    return convert(kind, value) if isinstance(value, str) else value
+
+
+def usage(found: Verb, program: str = "vtdbg") -> str:
+    return parser_for(found, program).format_help()
+
+
+def complete(words: Sequence[str], prefix: str, sources: Optional[Mapping[str, Callable[[], Sequence[str]]]] = None) -> List[str]:
+    """What can stand after `words` when `prefix` is typed: verbs, options, field names, choices."""
+    if not words:
+        return sorted(group for group in GROUPS if group.startswith(prefix))
+    if words[0] not in GROUPS:
+        return []
+    verbs = verbs_of(words[0])
+    if len(words) == 1 and not any(len(found.words) == 1 for found in verbs):
+        return sorted(found.words[1] for found in verbs if found.words[1].startswith(prefix))
+    try:
+        found, rest = find_verb(words)
+    except (UnknownName, UsageError):
+        return []
+    if prefix.startswith("-"):
+        return sorted(option.flag for option in found.options + COMMON_OPTIONS if option.flag.startswith(prefix))
+    candidates: List[str] = []
+    position = len([word for word in rest if not word.startswith("-")])
+    arguments = list(found.arguments)
+    wanted = arguments[min(position, len(arguments) - 1)] if arguments else None
+    if wanted is not None:
+        candidates += wanted.choices
+        if sources and wanted.kind in sources:
+            candidates += sources[wanted.kind]()
+    return sorted(item for item in candidates if item.lower().startswith(prefix.lower()))

@@ -1,0 +1,133 @@
+"""What commands share: the source, the layout and the capabilities that the user named, and the machine behind them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from vtdbg.errors import UsageError
+from vtdbg.machine import Machine
+from vtdbg.numbers import parse_number
+
+if TYPE_CHECKING:
+    from vtdbg.vmx.capabilities import VmxCapabilities
+    from vtdbg.vmx.layouts import Layout
+
+SOURCE_VARIABLE = "VTDBG_SOURCE"
+
+
+@dataclass
+class Session:
+    """One user at one source.  A front end makes it once: the CLI for a command, a shell or a debugger for its life.
+
+    `machine` is opened when a command first needs it; a debugger front end passes its own.  `evaluate` turns an expression that
+    is not a plain number into one (GDB and WinDbg have their own expressions).
+    """
+
+    source: Optional[str] = None
+    format: Optional[str] = None
+    layout_name: Optional[str] = None
+    caps_name: Optional[str] = None
+    evaluate: Optional[Callable[[str], int]] = None
+    program: str = "vtdbg"
+    progress: Optional[Callable[[str], None]] = None
+    _machine: Optional[Machine] = None
+    _cache: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> Machine:
+        """The dump or target; UsageError where the user named none."""
+        if self._machine is None:
+            if not self.source:
+                raise UsageError(f"no memory to look at: name a dump with -s FILE (or set {SOURCE_VARIABLE})")
+            if self.source.startswith("gdb:"):
+                from vtdbg.targets import connect
+
+                self._machine = connect(self.source)
+            else:
+                from vtdbg.memory.open import open_machine
+
+                self._machine = open_machine(self.source, self.format)
+        return self._machine
+
+    @property
+    def has_machine(self) -> bool:
+        return self._machine is not None or bool(self.source)
+
+    def close(self) -> None:
+        """Lets go of the dump or the connection."""
+        machine, self._machine = self._machine, None
+        close = getattr(machine.memory, "close", None) if machine is not None else None
+        if close is not None:
+            close()
+
+    def configure(self, options: Dict[str, Any]) -> None:
+        """Takes the common options of one command line; a new source closes the old one."""
+        source = options.get("source") or self.source or os.environ.get(SOURCE_VARIABLE)
+        form = options.get("format") or self.format
+        if (source, form) != (self.source, self.format) and self._machine is not None:
+            self.close()
+        if (source, form) != (self.source, self.format):
+            self._cache.clear()
+        self.source, self.format = source, form
+        self.layout_name = options.get("layout") or self.layout_name
+        self.caps_name = options.get("caps") or self.caps_name
+
+    def convert(self, kind: str, text: str) -> Any:
+        """An argument's text as its kind: addresses and numbers through `evaluate` where they are expressions."""
+        if kind not in ("address", "int"):
+            return text
+        try:
+            return parse_number(text)
+        except UsageError:
+            if self.evaluate is None:
+                raise
+            return self.evaluate(text)
+
+    @property
+    def layout(self) -> "Optional[Layout]":
+        """The layout that the user forced, by name or file."""
+        if not self.layout_name:
+            return None
+        from vtdbg.vmx.layouts import find_layout
+
+        return find_layout(self.layout_name)
+
+    @property
+    def caps(self) -> "Optional[VmxCapabilities]":
+        """The capability MSRs that the user gave."""
+        if not self.caps_name:
+            return None
+        from vtdbg.vmx.capabilities import VmxCapabilities
+
+        return VmxCapabilities.load(self.caps_name)
+
+    def remembered(self, key: str, make: Callable[[], Any]) -> Any:
+        """A result kept until the target runs or the source changes (scans)."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def forget(self) -> None:
+        """The target ran: nothing that was read is still true."""
+        self._cache.clear()
+        drop = getattr(self._machine.memory, "drop", None) if self._machine is not None else None
+        if drop is not None:
+            drop()
+
+    def header(self) -> str:
+        """The line that says where values come from."""
+        machine = self.machine
+        return machine.provenance or f"{machine.name} ({machine.format})"
+
+    def python_open(self) -> List[str]:
+        """The first lines of every --python."""
+        lines = ["import vtdbg"]
+        if self.source:
+            extra = f", format={self.format!r}" if self.format else ""
+            lines.append(f"machine = vtdbg.open({self.source!r}{extra})")
+        return lines
+
+
+Words = Tuple[str, ...]

@@ -1,0 +1,61 @@
+"""Numbers as people type and paste them."""
+
+from __future__ import annotations
+
+import re
+from typing import Tuple
+
+from vtdbg.errors import UsageError
+
+_PLAIN = re.compile(r"[+-]?(0[xX][0-9a-fA-F_`]+|0[bB][01_]+|0[oO][0-7_]+|[0-9][0-9_]*)$")
+_WINDBG = re.compile(r"([0-9a-fA-F]{1,8})`([0-9a-fA-F]{8})$")
+_SUFFIX = re.compile(r"([0-9][0-9a-fA-F]*)[hH]$")
+_HEX_DIGITS = re.compile(r"[0-9a-fA-F]*[a-fA-F][0-9a-fA-F]*$")
+UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_number(text: str) -> int:
+    """0x10, 16, 0b1, 10h, WinDbg's fffff800`12345678, 1_000.  Bare hex digits are refused with the way to write them.
+
+    A bare decimal stays decimal: the same words mean the same in every front end.
+    """
+    stripped = text.strip()
+    if _PLAIN.match(stripped):
+        return int(stripped.replace("`", ""), 0) if not re.match(r"[+-]?0[0-9]", stripped) else int(stripped, 10)
+    windbg = _WINDBG.match(stripped)
+    if windbg:
+        return int(windbg.group(1) + windbg.group(2), 16)
+    suffix = _SUFFIX.match(stripped)
+    if suffix:
+        return int(suffix.group(1), 16)
+    if _HEX_DIGITS.match(stripped):
+        raise UsageError(f"{text!r} is not a number; for hexadecimal write 0x{stripped}")
+    raise UsageError(f"{text!r} is not a number")
+
+
+def parse_size(text: str) -> int:
+    """A number with an optional unit: 4k, 2M, 1g."""
+    unit = UNITS.get(text.strip()[-1:].lower())
+    return parse_number(text.strip()[:-1]) * unit if unit and len(text.strip()) > 1 else parse_number(text)
+
+
+def parse_range(text: str) -> Tuple[int, int]:
+    """"0x1000-0x2000" -> (first, end exclusive); "0x1000+4k" -> start and length; "0x1000" -> one page."""
+    for mark in ("+", "-"):
+        first, found, last = text.partition(mark)
+        if found and first:
+            start = parse_number(first)
+            end = start + parse_size(last) if mark == "+" else parse_number(last)
+            if end <= start:
+                raise UsageError(f"range {text!r} ends before it begins")
+            return start, end
+    start = parse_number(text)
+    return start, start + 4096
+
+
+def size_text(size: int) -> str:
+    """A size in the largest unit that divides it: 4 KiB, 2 MiB, 1 GiB, 123 bytes."""
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"
