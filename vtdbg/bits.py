@@ -87,9 +87,12 @@ class BitValue:
         return self.field.ident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BitTable:
-    """A bit layout: fields in descending order, disjoint, inside `width` bits."""
+    """A bit layout: fields in descending order, disjoint, inside `width` bits.
+
+    Compared and hashed by identity: there is one object for each table, and it is the key of caches.
+    """
 
     id: str
     title: str
