@@ -45,6 +45,10 @@ class Session:
                 from vtdbg.targets import connect
 
                 self._machine = connect(self.source)
+            elif self.source.startswith("sample:"):
+                from vtdbg.samples import open_sample
+
+                self._machine = open_sample(self.source[len("sample:"):])
             else:
                 from vtdbg.memory.open import open_machine
 
