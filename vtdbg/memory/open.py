@@ -9,12 +9,12 @@ from typing import List, Optional, Tuple
 
 from vtdbg.errors import UnknownName
 from vtdbg.machine import Machine
-from vtdbg.memory import elf, raw
+from vtdbg.memory import avml, elf, flattened, kdump, lime, raw, vmware, windows
 from vtdbg.memory.foreign import HEADER_SIZE, what_it_is
 from vtdbg.memory.source import DumpFile
 
 # In the order in which they are asked; each module has FORMAT, TITLE, recognise(header, path) and read(source).  Raw is what is left.
-_READERS: Tuple[ModuleType, ...] = (elf, raw)
+_READERS: Tuple[ModuleType, ...] = (elf, kdump, flattened, lime, avml, windows, vmware, raw)
 
 
 def formats() -> List[Tuple[str, str]]:

@@ -28,7 +28,7 @@ class RunMemory(PhysicalMemory):
         if index >= 0 and size >= 0:
             start, length, offset = self._runs[index]
             if address + size <= start + length:
-                data = bytes(self._source.slice(offset + address - start, size))
+                data = bytes(self._source.data(offset + address - start, size))
                 if len(data) == size:
                     return data
                 raise MemoryUnavailable(address + len(data), size - len(data), "beyond the end of the file")
@@ -48,7 +48,7 @@ class RunMemory(PhysicalMemory):
             if start + length <= wanted:
                 continue
             count = min(end, start + length) - wanted
-            pieces.append(bytes(self._source.slice(offset + wanted - start, count)))
+            pieces.append(bytes(self._source.data(offset + wanted - start, count)))
             if len(pieces[-1]) < count:
                 raise MemoryUnavailable(wanted + len(pieces[-1]), end - wanted - len(pieces[-1]), "beyond the end of the file")
             wanted += count
@@ -72,12 +72,12 @@ class RunMemory(PhysicalMemory):
 def source_views(source: ByteSource, address: int, length: int, offset: int) -> Iterator[Tuple[int, memoryview]]:
     """One run as views: whole where the source can show it without a copy, else in page-aligned pieces of at most 1 MiB."""
     if source.contiguous:
-        yield address, source.slice(offset, length)
+        yield address, source.data(offset, length)
         return
     at = 0
     while at < length:
         count = min(_PIECE - (address + at) % PAGE_SIZE, length - at)
-        yield address + at, source.slice(offset + at, count)
+        yield address + at, source.data(offset + at, count)
         at += count
 
 

@@ -27,6 +27,10 @@ class ByteSource(ABC):
         Without a copy where the bytes lie together in the mapped file.
         """
 
+    def data(self, offset: int, size: int) -> memoryview:
+        """`slice` for what becomes memory: ends before the first byte that the container does not hold, instead of taking it as zero."""
+        return self.slice(offset, size)
+
     @abstractmethod
     def close(self) -> None:
         """Give the mapping back.  Reading afterwards raises UsageError."""
