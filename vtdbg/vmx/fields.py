@@ -11,6 +11,7 @@ from vtdbg.bits import BitTable, read_rows
 from vtdbg.bits import table as bit_table
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
+from vtdbg.record import name_index, name_key
 
 WIDTHS = {"16": 2, "64": 8, "32": 4, "natural": 8}
 
@@ -44,6 +45,10 @@ class VmcsField:
     notes: str
 
     @property
+    def number(self) -> int:
+        return self.encoding
+
+    @property
     def size(self) -> int:
         return WIDTHS[self.width]
 
@@ -70,20 +75,9 @@ def fields() -> Mapping[int, VmcsField]:
     return {row.encoding: row for row in sorted(rows, key=lambda row: row.encoding)}
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
 @cache
 def _by_name() -> Dict[str, VmcsField]:
-    """Canonical names win over aliases: Xen's and rust-x86's names sometimes equal another field's Linux name."""
-    names: Dict[str, VmcsField] = {}
-    for row in fields().values():
-        for alias in row.aliases + (row.title,):
-            names.setdefault(_key(alias), row)
-    for row in fields().values():
-        names[_key(row.name)] = row
-    return names
+    return name_index(fields().values())
 
 
 def names() -> List[str]:
@@ -109,7 +103,7 @@ def get(name: Union[str, int]) -> Optional[VmcsField]:
         text = name.strip()
         if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
             return get(int(text, 16))
-        return _by_name().get(_key(text))
+        return _by_name().get(name_key(text))
     found = fields().get(name)
     if found is None and name & 1:
         found = fields().get(name & ~1)
