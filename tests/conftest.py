@@ -9,6 +9,8 @@ from typing import Any, Dict
 
 import pytest
 
+pytest_plugins = ["support.fixtures"]
+
 DATA = Path(__file__).parent / "data"
 _ZEROS = bytes(4096)
 
