@@ -78,8 +78,8 @@ class Record(Generic[F, V]):
         """The field, None where nobody knows it."""
         raise NotImplementedError
 
-    def _lacking(self) -> str:
-        """Why a field has no value here."""
+    def _lacking(self, field: F) -> str:
+        """Why `field` has no value here."""
         return f"not in the {self.origin}"
 
     def __getitem__(self, name: Name) -> int:
@@ -90,7 +90,7 @@ class Record(Generic[F, V]):
         field = self._find(name)
         found = self._values.get(field.number)
         if found is None:
-            raise MissingField(field, self._lacking())
+            raise MissingField(field, self._lacking(field))
         return found
 
     def get(self, name: Name, default: Optional[int] = None) -> Optional[int]:

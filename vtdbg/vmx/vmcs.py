@@ -29,12 +29,14 @@ class Vmcs(Record[VmcsField, FieldValue]):
     """Values by field.  A field that is absent is unknown, never 0.
 
     `layout`, `candidates`, `revision_id`, `shadow`, `abort_indicator`, `launch_state` are known for a page, None otherwise.
-    `warnings` is what a reader must be told (stale, guessed, inferred).
+    `warnings` is what a reader must be told (stale, guessed, inferred).  `empty`: a page that holds nothing except its header; it has no
+    values, because zeros that no processor has stored are not the fields' values.  `absent` says of single fields why they are unknown.
     """
 
     def __init__(self, values: Mapping[int, FieldValue], origin: str, *, layout: "Optional[Layout]" = None,
                  candidates: "Sequence[Candidate]" = (), revision_id: Optional[int] = None, shadow: Optional[bool] = None,
-                 abort_indicator: Optional[int] = None, launch_state: Optional[int] = None, warnings: Sequence[str] = ()) -> None:
+                 abort_indicator: Optional[int] = None, launch_state: Optional[int] = None, warnings: Sequence[str] = (),
+                 empty: bool = False, absent: Optional[Mapping[int, str]] = None) -> None:
         super().__init__(values, origin, warnings)
         self.layout = layout
         self.candidates = tuple(candidates)
@@ -42,6 +44,8 @@ class Vmcs(Record[VmcsField, FieldValue]):
         self.shadow = shadow
         self.abort_indicator = abort_indicator
         self.launch_state = launch_state
+        self.empty = empty
+        self.absent: Mapping[int, str] = dict(absent or {})
 
     def _find(self, name: Name) -> VmcsField:
         return vmcs_fields.find(name)
@@ -49,8 +53,12 @@ class Vmcs(Record[VmcsField, FieldValue]):
     def _known(self, name: Name) -> Optional[VmcsField]:
         return vmcs_fields.get(name)
 
-    def _lacking(self) -> str:
-        return f"layout {self.layout.id} has no place for it" if self.layout else super()._lacking()
+    def _lacking(self, field: VmcsField) -> str:
+        if self.empty:
+            return f"{self.origin} holds nothing except its header"
+        if field.encoding in self.absent:
+            return self.absent[field.encoding]
+        return f"layout {self.layout.id} has no place for it" if self.layout else super()._lacking(field)
 
     @classmethod
     def from_values(cls, values: Mapping[Name, int], source: str = "given value") -> "Vmcs":
@@ -85,4 +93,5 @@ class Vmcs(Record[VmcsField, FieldValue]):
         merged = dict(self._values)
         merged.update(Vmcs.from_values(values, source)._values)
         return Vmcs(merged, self.origin, layout=self.layout, candidates=self.candidates, revision_id=self.revision_id, shadow=self.shadow,
-                    abort_indicator=self.abort_indicator, launch_state=self.launch_state, warnings=self.warnings)
+                    abort_indicator=self.abort_indicator, launch_state=self.launch_state, warnings=self.warnings,
+                    absent=self.absent)
