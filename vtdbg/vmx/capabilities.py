@@ -13,6 +13,7 @@ from vtdbg import bits
 from vtdbg.errors import FormatError, UnknownName
 from vtdbg.names import near_names
 from vtdbg.vmx.controls import ACTIVATED_BY
+from vtdbg.x86 import msrs
 
 if TYPE_CHECKING:
     from vtdbg.vmx.adjust import Adjustment
@@ -20,30 +21,8 @@ if TYPE_CHECKING:
 FEATURE_CONTROL, BASIC, MISC, EPT_VPID_CAP = 0x3A, 0x480, 0x485, 0x48C
 CR0_FIXED0, CR0_FIXED1, CR4_FIXED0, CR4_FIXED1 = 0x486, 0x487, 0x488, 0x489
 
-MSR_NAMES: Mapping[int, str] = {
-    0x3A: "IA32_FEATURE_CONTROL",
-    0x480: "IA32_VMX_BASIC",
-    0x481: "IA32_VMX_PINBASED_CTLS",
-    0x482: "IA32_VMX_PROCBASED_CTLS",
-    0x483: "IA32_VMX_EXIT_CTLS",
-    0x484: "IA32_VMX_ENTRY_CTLS",
-    0x485: "IA32_VMX_MISC",
-    0x486: "IA32_VMX_CR0_FIXED0",
-    0x487: "IA32_VMX_CR0_FIXED1",
-    0x488: "IA32_VMX_CR4_FIXED0",
-    0x489: "IA32_VMX_CR4_FIXED1",
-    0x48A: "IA32_VMX_VMCS_ENUM",
-    0x48B: "IA32_VMX_PROCBASED_CTLS2",
-    0x48C: "IA32_VMX_EPT_VPID_CAP",
-    0x48D: "IA32_VMX_TRUE_PINBASED_CTLS",
-    0x48E: "IA32_VMX_TRUE_PROCBASED_CTLS",
-    0x48F: "IA32_VMX_TRUE_EXIT_CTLS",
-    0x490: "IA32_VMX_TRUE_ENTRY_CTLS",
-    0x491: "IA32_VMX_VMFUNC",
-    0x492: "IA32_VMX_PROCBASED_CTLS3",
-    0x493: "IA32_VMX_EXIT_CTLS2",
-}
-"""SDM vol. 3, appendix VMX Capability Reporting Facility; vol. 4, Architectural MSRs."""
+CAPABILITY_MSRS = (FEATURE_CONTROL, *range(0x480, 0x494))
+"""What `caps show` asks for (SDM vol. 3, appendix VMX Capability Reporting Facility; vol. 4, Architectural MSRs)."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +73,13 @@ Cpuid = Mapping[Tuple[int, int], Tuple[int, int, int, int]]
 
 
 def msr_name(index: int) -> str:
-    """"IA32_VMX_BASIC" for 0x480; "MSR 0x999" for what has no name here."""
-    return MSR_NAMES.get(index, f"MSR {index:#x}")
+    """"IA32_VMX_BASIC" for 0x480; "MSR 0x999" for what has no name."""
+    return msrs.name_of(index)
 
 
 def msr_index(key: MsrKey) -> int:
     """The index for 0x480, "0x480" or any known name ("IA32_VMX_BASIC", "MSR_IA32_VMX_BASIC", "vmx_basic"); UnknownName otherwise."""
-    if isinstance(key, int):
-        return key
-    text = key.strip().upper()
-    if text.startswith("0X"):
-        try:
-            return int(text, 16)
-        except ValueError:
-            raise UnknownName("MSR", key) from None
-    plain = text[4:] if text.startswith("MSR_") else text
-    for index, name in MSR_NAMES.items():
-        if plain in (name, name[5:]):
-            return index
-    raise UnknownName("MSR", key, near_names(plain, MSR_NAMES.values()))
+    return key if isinstance(key, int) else msrs.find(key).index
 
 
 class VmxCapabilities:
@@ -121,19 +88,19 @@ class VmxCapabilities:
     `origin` says where the values are from; `warnings` what a reader must know of them (processors disagree, a line was not understood).
     """
 
-    def __init__(self, msrs: Mapping[int, int], *, physical_address_width: Optional[int] = None, linear_address_width: Optional[int] = None,
+    def __init__(self, values: Mapping[int, int], *, physical_address_width: Optional[int] = None, linear_address_width: Optional[int] = None,
                  cpuid: Optional[Cpuid] = None, origin: str = "given values", warnings: Sequence[str] = ()) -> None:
-        for index, value in msrs.items():
+        for index, value in values.items():
             if value < 0 or value >> 64:
                 raise FormatError(msr_name(index), f"value {value:#x} does not fit in 64 bits")
-        self._msrs: Dict[int, int] = dict(sorted(msrs.items()))
+        self._msrs: Dict[int, int] = dict(sorted(values.items()))
         self._cpuid: Dict[Tuple[int, int], Tuple[int, int, int, int]] = dict(cpuid or {})
         self._physical, self._linear = physical_address_width, linear_address_width
         self.origin = origin
         self.warnings: Tuple[str, ...] = tuple(warnings)
 
     @classmethod
-    def from_msrs(cls, msrs: Mapping[MsrKey, int], physical_address_width: Optional[int] = None,
+    def from_msrs(cls, values: Mapping[MsrKey, int], physical_address_width: Optional[int] = None,
                   linear_address_width: Optional[int] = None, cpuid: Optional[Cpuid] = None,
                   origin: str = "given values") -> "VmxCapabilities":
         """Values by index or name: {0x480: ..., "IA32_VMX_MISC": ...}.
@@ -145,7 +112,7 @@ class VmxCapabilities:
                                        ("linear_address_width", linear_address_width, 32, 64)):
             if width is not None and not low <= width <= high:
                 raise FormatError(name, f"{width} is not between {low} and {high}")
-        return cls({msr_index(key): value for key, value in msrs.items()}, physical_address_width=physical_address_width,
+        return cls({msr_index(key): value for key, value in values.items()}, physical_address_width=physical_address_width,
                    linear_address_width=linear_address_width, cpuid=cpuid, origin=origin)
 
     @classmethod
