@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from vtdbg.errors import FormatError, UnknownName
 from vtdbg.memory.open import open_machine
 from vtdbg.svm import fields
+from vtdbg.svm.gates import unused_because
 from vtdbg.svm.vmcb import MissingField, Vmcb
 
 VMCB_ADDRESS = 0x1F22000
@@ -160,3 +162,48 @@ def test_replaced_keeps_the_rest() -> None:
     assert dict(changed.items()) == {"rip": 1, "rsp": 3}
     assert changed.source("rsp") == "test"
     assert dict(changed.without("rip").items()) == {"rsp": 3}
+
+
+UNUSED = [
+    ({"nested_ctl": 0}, "nested_cr3", "nested paging is off"),
+    ({"nested_ctl": 0}, "g_pat", "nested paging is off"),
+    ({"event_inj": 0x306}, "event_inj", r"not valid: a past event \(vector 6, exception\)"),
+    ({"event_inj": 0}, "event_inj", "no event"),
+    ({"event_inj": 0x80000306}, "event_inj_err", "EV of event_inj is 0"),
+    ({"event_inj": 0x306}, "event_inj_err", "V of event_inj is 0"),
+    ({"exit_int_info": 0x306}, "exit_int_info", "past event"),
+    ({"exit_code": 0x78}, "exit_info_1", r"not defined for this exit \(HLT\)"),
+    ({"exit_code": 0x400}, "next_rip", "nRIP is saved for intercepted instructions"),
+    ({"exit_code": 0x60}, "insn_bytes", "data accesses"),
+    ({"exit_code": 2**64 - 1}, "exit_info_2", "VMRUN was refused"),
+    ({"exit_code": 0xFFFFFFFF}, "exit_info_2", "VMRUN was refused"),
+    ({"int_ctl": 0}, "avic_backing_page", "AVIC enable"),
+    ({"int_ctl": 0}, "int_vector", "V_IRQ is 0"),
+    ({"virt_ext": 0}, "br_from", "LBR virtualization"),
+    ({"nested_ctl": 1}, "vmsa_pa", "SEV-ES"),
+    ({"nested_ctl": 7}, "rip", "encrypted VMSA"),
+    ({"intercept_misc1": 0}, "msrpm_base_pa", "MSR_PROT is 0"),
+    ({}, "gdtr.selector", "no such part"),
+]
+
+
+@pytest.mark.parametrize(("values", "field", "reason"), UNUSED)
+def test_a_field_that_does_not_count_says_why(values: Dict[str, int], field: str, reason: str) -> None:
+    assert re.search(reason, unused_because(Vmcb.from_values(values), field) or "")
+
+
+@pytest.mark.parametrize(("values", "field"), [
+    ({"nested_ctl": 1}, "nested_cr3"), ({"event_inj": 0x80000306}, "event_inj"), ({"event_inj": 0x80000B0E}, "event_inj_err"),
+    ({"exit_code": 0x400}, "exit_info_2"), ({"exit_code": 0x72}, "next_rip"), ({"exit_code": 0x400}, "insn_bytes"),
+    ({"int_ctl": 1 << 31}, "avic_vapic_bar"), ({"nested_ctl": 0}, "rip"), ({}, "nested_cr3"), ({}, "exit_info_1"), ({"exit_code": 0x3F7}, "exit_info_1")])
+def test_a_field_that_counts_or_of_which_nothing_is_known_has_no_reason(values: Dict[str, int], field: str) -> None:
+    """A missing control makes the answer unknown, which is not "unused"."""
+    assert unused_because(Vmcb.from_values(values), field) is None
+
+
+def test_a_real_vmcb_says_what_does_not_count(dump: Tuple[bytes, Dict[str, Any]]) -> None:
+    """KVM 6.1 without SEV and AVIC, with nested paging: N_CR3 and G_PAT count, GHCB and AVIC pointers do not."""
+    vmcb = Vmcb.from_page(dump[0])
+    unused = {row.name for row in fields.fields().values() if unused_because(vmcb, row)}
+    assert {"ghcb_gpa", "vmsa_pa", "avic_backing_page", "br_from", "event_inj", "exit_int_info"} <= unused
+    assert not {"nested_cr3", "g_pat", "rip", "exit_code", "msrpm_base_pa", "iopm_base_pa"} & unused

@@ -6,6 +6,7 @@ A field is a row of a table (`VmcsField`, `VmcbField`) with a number that identi
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Mapping, Optional, Protocol, Tuple, TypeVar, Union
 
@@ -62,6 +63,17 @@ class MissingField(UnknownName):
         self.args = (self.message,)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Does the processor use a field?  `used` True, False, or None where an input is missing; `why` in words when it is not True."""
+
+    used: Optional[bool]
+    why: str = ""
+
+
+USED = Gate(used=True)
+
+
 class Record(Generic[F, V]):
     """Values by field.  A field that is absent is unknown, never 0.  A subclass knows its table (`_find`, `_known`)."""
 
@@ -81,6 +93,10 @@ class Record(Generic[F, V]):
     def _lacking(self, field: F) -> str:
         """Why `field` has no value here."""
         return f"not in the {self.origin}"
+
+    def field(self, name: Name) -> F:
+        """The field's row, whether its value is known here or not; UnknownName where nobody knows it."""
+        return self._find(name)
 
     def __getitem__(self, name: Name) -> int:
         return self.value(name).value

@@ -7,27 +7,16 @@ EFER where the VMCS field is never loaded).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from typing import Callable, Dict, Mapping, Match, Optional, Sequence, Tuple
 
 from vtdbg import bits
+from vtdbg.record import USED, Gate
 from vtdbg.vmx.controls import control, control_name
 from vtdbg.vmx.fields import VmcsField
 from vtdbg.vmx.vmcs import Vmcs
 
 ENTRY_FAILURE = 1 << 31
-
-
-@dataclass(frozen=True)
-class Gate:
-    """`used` True, False, or None where an input is missing; `why` in words when it is not True."""
-
-    used: Optional[bool]
-    why: str = ""
-
-
-USED = Gate(used=True)
 
 
 def gate_of(vmcs: Vmcs, field: VmcsField) -> Gate:
