@@ -80,16 +80,15 @@ def read(source: ByteSource) -> Machine:
         warnings.append(f"{count_text(segments.beyond, 'program header')} with a physical address beyond 52 bits left out")
     facts = _read_notes(source, segments, kind.bits)
     warnings += facts.warnings
-    creator = "QEMU" if any(cpu.source == "QEMU note" for cpu in facts.cpus) else ("Linux kdump" if "vmcoreinfo" in facts.details else "")
     details: Dict[str, str] = {"file size": size_text(source.size), "class": f"ELF{kind.bits}", "program headers": str(count)}
-    if creator:
-        details["written by"] = creator
+    if facts.cpus:
+        details["processors"] = f"{len(facts.cpus)} ({facts.cpus[0].source})"
     if twice:
         details["stored twice"] = f"{size_text(twice)} (overlapping program headers; the one with the lowest start is read)"
     if segments.unstored:
         details["named but not stored"] = size_text(segments.unstored)
     details.update(facts.details)
-    provenance = f"ELF core{' by ' + creator if creator else ''}, {size_text(total)} in {count_text(len(runs), 'run')}"
+    provenance = f"ELF core, {size_text(total)} in {count_text(len(runs), 'run')}, {count_text(len(facts.cpus), 'processor')}"
     return Machine(RunMemory(source, runs), os.path.basename(source.path), FORMAT, provenance, facts.cpus, details, warnings)
 
 
@@ -117,8 +116,6 @@ def _program_table(source: ByteSource, kind: _Class) -> Tuple[int, int]:
         raise source.error(f"e_phentsize is {entry_size}, not {kind.program.size}: the ELF header is damaged", 42 if kind.bits == 32 else 54)
     if count == PN_XNUM:
         (count,) = source.unpack(struct.Struct("<I"), sections + kind.section_info, "section header 0, which holds the number of program headers")
-        if count < PN_XNUM:
-            raise source.error(f"e_phnum is 0xffff, but sh_info of section 0 says {count} program headers", sections + kind.section_info)
     if count == 0:
         raise source.error("an ELF core without program headers (Xen's dump-core keeps its pages in sections; that is not read)", offset)
     if count > MAX_HEADERS:

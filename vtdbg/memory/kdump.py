@@ -165,22 +165,20 @@ def read(source: ByteSource) -> Machine:
         decompress[ZSTD] = zstd
     level = sub.dump_level if sub is not None else 0
     memory = KdumpMemory(source, header.block_size, exists, stored, descriptors, decompress, level)
-    creator = "QEMU" if any(cpu.source == "QEMU note" for cpu in cpus) else "makedumpfile"
     facts = {
         "file size": size_text(source.size),
         "header": f"version {header.version}, {header.bits}-bit",
         "compression": _NAMES.get(header.status & _COMPRESSED, "by page"),
         "pages": f"{stored.total} stored of {exists.total} that exist",
-        "written by": creator,
     }
     if level:
         facts["dump level"] = str(level)
     if header.release:
         facts["kernel release"] = header.release
-    if header.cpus:
-        facts["processors by header"] = str(header.cpus)
+    facts["processors"] = f"{len(cpus)} ({cpus[0].source})" if cpus else f"{header.cpus} by the header, no registers"
     facts.update(details)
-    provenance = f"kdump by {creator}, {size_text(stored.total * header.block_size)} of {size_text(exists.total * header.block_size)}"
+    provenance = (f"kdump, {size_text(stored.total * header.block_size)} of {size_text(exists.total * header.block_size)} stored, "
+                  f"{count_text(len(cpus), 'processor')}")
     return Machine(memory, os.path.basename(source.path), FORMAT, provenance, cpus, facts, warnings)
 
 
@@ -256,8 +254,6 @@ def _read_notes(source: ByteSource, sub: Optional[_SubHeader], header: _Header) 
             warnings += facts.warnings
     if sub.size_vmcoreinfo and "vmcoreinfo" not in details and sub.offset_vmcoreinfo + sub.size_vmcoreinfo <= source.size:
         details.update(vmcoreinfo_details(source.slice(sub.offset_vmcoreinfo, min(sub.size_vmcoreinfo, MAX_VMCOREINFO))))
-    if not cpus:
-        warnings.append(f"no registers in the dump ({count_text(header.cpus, 'processor')} by its header)")
     return cpus, details, warnings
 
 

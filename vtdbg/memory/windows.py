@@ -167,7 +167,7 @@ def _range_runs(source: ByteSource, header: _Header) -> Iterator[Run]:
     offset, pair = first_page, struct.Struct("<QQ")
     for number, at in enumerate(range(header.size + 0x30, first_page - pair.size + 1, pair.size)):
         page, pages = source.unpack(pair, at, "the ranges")
-        if page == 0 or number >= MAX_RUNS:
+        if pages == 0 or number >= MAX_RUNS:
             return
         yield _checked_run(source, at, page, pages, offset)
         offset += pages * PAGE_SIZE
