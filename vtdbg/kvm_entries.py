@@ -1,0 +1,56 @@
+"""What KVM keeps in nested-table entries that the processor does not use: the only sight of it is the entry itself.
+
+KVM installs, for a guest-physical page with no memory slot (MMIO), an entry that always faults and that says which page it is and which
+generation of the memory slots it belongs to (Linux 6.1, arch/x86/kvm/mmu/spte.c, make_mmio_spte).  On EPT the entry has W and X without R
+(a misconfiguration is cheaper to handle than a violation), with NPT it is present with reserved bit 51 set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from vtdbg import bits
+
+EPT_MARKER, EPT_MARKER_MASK = 0b110, 0b111
+NPT_MARKER = NPT_MARKER_MASK = 1 << 51 | 1
+_PAGE = 4095
+_L1TF_BITS = 5
+
+
+@dataclass(frozen=True)
+class MmioEntry:
+    """`generation` of the memory slots; `l1tf_low` is the lowest of the five address bits that KVM sets against L1TF, None without them."""
+
+    generation: int
+    l1tf_low: Optional[int]
+
+
+def mmio_entry(entry: int, gpa: int, marker: int, marker_mask: int) -> Optional[MmioEntry]:
+    """KVM's MMIO entry for `gpa`'s page, or None.
+
+    The marker alone would also fit other software's entries, so the page number that KVM stores has to be the one that was walked.
+    """
+    table = bits.table("kvm_mmio_spte")
+    if entry & marker_mask != marker or table.reserved_violations(entry):
+        return None
+    stored, page = table.get(entry, "ADDRESS") & ~marker, gpa & ~_PAGE
+    generation = table.get(entry, "GENERATION_HIGH") << 8 | table.get(entry, "GENERATION_LOW")
+    if stored == page:
+        return MmioEntry(generation, None)
+    # Processors with the L1TF bug: the five highest cacheable address bits are set, the page's own bits there move up by five
+    # (Linux 6.1, spte.c, shadow_nonpresent_or_rsvd_mask).
+    for low in range(32 - _L1TF_BITS, 47):
+        moved = ((1 << _L1TF_BITS) - 1) << low
+        if stored == (page & ~moved | moved | (page & moved) << _L1TF_BITS):
+            return MmioEntry(generation, low)
+    return None
+
+
+def describe_mmio(entry: int, gpa: int, marker: int, marker_mask: int) -> str:
+    """One phrase for a reason; empty where the entry is not KVM's MMIO entry for `gpa`."""
+    found = mmio_entry(entry, gpa, marker, marker_mask)
+    if found is None:
+        return ""
+    more = f", address bits {found.l1tf_low + _L1TF_BITS - 1}:{found.l1tf_low} set against L1TF" if found.l1tf_low is not None else ""
+    return f"software bits as in KVM's MMIO entry: page {gpa & ~_PAGE:#x} (the page walked), memory-slot generation {found.generation}{more}"
