@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Iterable, Iterator, Optional, Tuple
 
 from vtdbg.bits import BitTable
+from vtdbg.x86.disasm import Instruction
+from vtdbg.x86.operand import Operand
 
 ADVICE_KINDS = ("rip", "event", "shadow", "cause", "avoid", "emulate", "fix")
 """rip: does RIP advance, by how much.  event: what has to be injected again.  shadow: interruptibility to clear.  cause: the control or
@@ -46,6 +48,7 @@ class Explanation:
 
     `kind` is "vmx" or "svm", `code` the basic exit reason or EXITCODE, `name` the kernel's identifier ("EPT_VIOLATION", "npf"), `title` the
     manual's words.  `known` is False for a code in no table.  `stale` lists values that exist and are not of this exit, with why.
+    `summary` is one sentence; `operand` and `instruction` are None where there is none or nothing to find it with (a note says which).
     """
 
     kind: str
@@ -58,6 +61,9 @@ class Explanation:
     stale: Tuple[Fact, ...] = ()
     known: bool = True
     see: str = ""
+    summary: str = ""
+    operand: Optional[Operand] = None
+    instruction: Optional[Instruction] = None
 
     def group(self, name: str) -> Tuple[Fact, ...]:
         """The facts of one field."""

@@ -43,7 +43,7 @@ def disassemble(data: bytes, address: int, mode: int) -> Optional[Instruction]:
     if mode not in MODES:
         raise UsageError(f"no such processor mode: {mode} (16, 32 or 64)")
     try:
-        import capstone
+        import capstone  # type: ignore[import-untyped]
     except ImportError as error:
         raise UsageError("capstone is not installed: no disassembly (pip install capstone)") from error
     engine = capstone.Cs(capstone.CS_ARCH_X86, {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[mode])
