@@ -17,16 +17,17 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Uni
 
 from vtdbg.bits import read_rows
 from vtdbg.errors import FormatError, UnknownName
+from vtdbg.evidence import Evidence
 from vtdbg.names import near_names
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.layout_file import load_layout, parse_layout, save_layout
 from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField
-from vtdbg.vmx.plausibility import Evidence, judge_values
+from vtdbg.vmx.plausibility import judge_values
 from vtdbg.vmx.vmcs import FieldValue, Vmcs
 
-__all__ = ["ACCESS_RIGHTS_FIELDS", "ACCESS_RIGHTS_FORMS", "FITS", "PAGE_SIZE", "SHADOW_BIT", "Candidate", "Evidence", "IndexRow", "Layout",
-           "LayoutField", "candidates", "decode_page", "find_layout", "header_words", "index", "is_empty", "layout", "layouts", "layouts_for",
-           "load_layout", "parse_layout", "revision_ids", "save_layout", "score_page"]
+__all__ = ["ACCESS_RIGHTS_FIELDS", "ACCESS_RIGHTS_FORMS", "Candidate", "Evidence", "FITS", "IndexRow", "Layout", "LayoutField", "PAGE_SIZE",
+           "SHADOW_BIT", "candidates", "decode_candidates", "decode_page", "find_layout", "header_words", "index", "is_empty", "layout",
+           "layouts", "layouts_for", "load_layout", "parse_layout", "rank", "revision_ids", "save_layout", "score_page"]
 
 @dataclass(frozen=True)
 class IndexRow:
@@ -150,8 +151,12 @@ def candidates(page: bytes, extra: Sequence[Layout] = ()) -> List[Candidate]:
 
     A layout that needs more bytes than `page` has is left out.  Empty where nobody knows the revision identifier.
     """
-    known = layouts_for(header_words(page)[0], extra)
-    scored = [score_page(page, item) for item in known if item.extent <= len(page)]
+    return rank(page, layouts_for(header_words(page)[0], extra))
+
+
+def rank(page: bytes, considered: Sequence[Layout]) -> List[Candidate]:
+    """`considered` with their scores, best first; a layout that needs more bytes than `page` has is left out."""
+    scored = [score_page(page, item) for item in considered if item.extent <= len(page)]
     return sorted(scored, key=lambda item: (-item.score, -len(item.layout.fields), item.layout.id))
 
 
@@ -209,7 +214,14 @@ def decode_page(page: bytes, layout: "Union[str, Layout, Path, None]" = None, so
     found = candidates(page, extra)
     if is_empty(page):
         return _empty(page, found, source)
-    best = _choose(page, found, source, extra)
+    if not found:
+        raise _no_layout(page, source, extra)
+    return decode_candidates(page, found, source)
+
+
+def decode_candidates(page: bytes, found: Sequence[Candidate], source: str) -> Vmcs:
+    """`decode_page` with candidates that are already ranked (at least one)."""
+    best = _choose(page, found, source)
     equals = ", ".join(item.layout.id for item in found if item is not best and item.fits and _same_values(page, best.layout, item.layout))
     warnings = [f"the content does not tell layout {best.layout.id} from {equals}: they decode this page to the same values"] if equals else []
     return _decoded(page, best.layout, source, found, warnings)
@@ -243,18 +255,20 @@ def _decode_as(page: bytes, wanted: Layout, source: str, extra: Sequence[Layout]
     return _decoded(page, wanted, source, [given, *others], warnings)
 
 
-def _choose(page: bytes, found: Sequence[Candidate], source: str, extra: Sequence[Layout]) -> Candidate:
+def _no_layout(page: bytes, source: str, extra: Sequence[Layout]) -> FormatError:
     revision = header_words(page)[0]
-    if not found:
-        known = layouts_for(revision, extra)
-        if known:
-            raise FormatError(source, f"{len(page)} bytes are too short for revision identifier {revision:#x}: layout {known[0].id} needs "
-                                      f"{known[0].extent}")
-        raise FormatError(source, _unknown_revision(revision, extra))
+    known = layouts_for(revision, extra)
+    if known:
+        return FormatError(source, f"{len(page)} bytes are too short for revision identifier {revision:#x}: "
+                                   f"layout {known[0].id} needs {known[0].extent}")
+    return FormatError(source, _unknown_revision(revision, extra))
+
+
+def _choose(page: bytes, found: Sequence[Candidate], source: str) -> Candidate:
     best = found[0]
     if not best.fits:
-        raise FormatError(source, f"no layout with revision identifier {revision:#x} fits the content ({_scores(found)}; {FITS} points are needed): "
-                                  "not a VMCS, or name the layout with --layout")
+        raise FormatError(source, f"no layout with revision identifier {header_words(page)[0]:#x} fits the content ({_scores(found)}; {FITS} points "
+                                  "are needed): not a VMCS, or name the layout with --layout")
     close = [item for item in found[1:] if item.fits and item.score >= best.score * (1 - _MARGIN)]
     rivals = [item for item in close if not _same_values(page, best.layout, item.layout)]
     if rivals:

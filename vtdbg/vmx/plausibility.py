@@ -9,17 +9,10 @@ page: people look at a VMCS because something in it is wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, List, Mapping, Optional, Tuple
+from typing import List, Mapping, Optional, Tuple
 
+from vtdbg.evidence import ADDRESS_LIMIT, Evidence, Judge, canonical, is_page, is_pat
 from vtdbg.vmx import fields as vmcs_fields
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """`points` for (positive) or against (negative), and why in words."""
-
-    points: int
-    text: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Rule:
     encodings: Tuple[int, ...]
     good: int
     bad: int
-    judge: Callable[[int], Optional[bool]]
+    judge: Judge
     passed: str
     failed: str
     group: str = ""
@@ -43,24 +36,12 @@ DEFAULT1 = {PIN: 0x16, PROC: 0x04006172, EXIT: 0x36DFB, ENTRY: 0x11FB}
 (SDM vol. 3, appendix VMX Capability Reporting Facility, Reserved Controls and Default Settings).  The kind default1 of the bit tables,
 here as numbers because a scan asks often."""
 
-ADDRESS_LIMIT = 1 << 52
 ALL_ONES = (1 << 64) - 1
 CR0_DEFINED = 0xE005003F
 CR4_DEFINED = 0x11BFF7FFF
 RFLAGS_DEFINED = 0x3F7FD7
-PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
 BASIC_REASONS = 96
 """More than the basic exit reasons that exist, so that a new one is no evidence against."""
-
-
-def canonical(value: int) -> bool:
-    """Canonical for 57-bit linear addresses, hence for 48-bit ones too (SDM vol. 1, Canonical Addressing)."""
-    return value >> 56 in (0, 0xFF)
-
-
-def is_page(value: int) -> bool:
-    """A page-aligned physical address below 2**52."""
-    return value & 0xFFF == 0 and value < ADDRESS_LIMIT
 
 
 def _default1(encoding: int) -> Rule:
@@ -80,10 +61,6 @@ def _cr3(value: int) -> bool:
 
 def _cr4(value: int) -> Optional[bool]:
     return False if value & ~CR4_DEFINED else True if value & 1 << 13 else None
-
-
-def _pat(value: int) -> bool:
-    return all(value >> shift & 0xFF in PAT_TYPES for shift in range(0, 64, 8))
 
 
 def _eptp(value: int) -> bool:
@@ -138,7 +115,7 @@ RULES: Tuple[Rule, ...] = (
     Rule((0x400A,), 0, -2, lambda value: value <= 4, "", "is more than 4"),
     Rule((0x4400,), 0, -3, lambda value: value <= 0x40, "", "is no error number"),
     Rule((0x401A, 0x440C), 1, -3, lambda value: value <= 15, "at most 15", "is longer than an instruction", "instruction lengths"),
-    Rule((0x2804, 0x2C00), 3, -3, _pat, "with eight memory types", "holds what is no memory type", "PAT values"),
+    Rule((0x2804, 0x2C00), 3, -3, is_pat, "with eight memory types", "holds what is no memory type", "PAT values"),
     Rule(_HOST_SELECTORS, 2, -4, lambda value: value & 7 == 0, "with RPL and TI 0", "has RPL or TI set", "host selectors"),
     Rule(_LINEAR, 1, -3, canonical, "canonical", "is not canonical", "linear addresses"),
     Rule(_RIGHTS, 1, -4, _access_rights, "without reserved bits", "has reserved bits", "access rights"),
@@ -179,13 +156,6 @@ def _name(encoding: int) -> str:
     return vmcs_fields.find(encoding).name
 
 
-def score_values(values: Mapping[int, int]) -> int:
-    """The sum of the points of `judge_values`, without the words: what a scan asks for each page that passes its filter."""
-    total = 0
-    for rule in RULES:
-        for encoding in rule.encodings:
-            value = values.get(encoding)
-            if value:
-                verdict = rule.judge(value)
-                total += rule.good if verdict else rule.bad if verdict is False else 0
-    return total
+_STRONG = (PIN, PROC, EXIT, ENTRY, 0x2800, 0x6C00, 0x6C04, 0x6820)
+STRONG: Mapping[int, Rule] = {rule.encodings[0]: rule for rule in RULES if rule.encodings[0] in _STRONG}
+"""The rules that a scan asks first: control words, link pointer, host CR0 and CR4, RFLAGS."""

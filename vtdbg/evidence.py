@@ -1,0 +1,48 @@
+"""Evidence: points for or against what a page of memory is taken for, each with words that a reader can judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Optional, Sequence
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """`points` for (positive) or against (negative), and why in words."""
+
+    points: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.points:+d})"
+
+
+Judge = Callable[[int], Optional[bool]]
+"""True, False, or None for a value that says nothing."""
+
+ADDRESS_LIMIT = 1 << 52
+PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
+
+
+def is_page(value: int) -> bool:
+    """A page-aligned physical address below 2**52."""
+    return value & 0xFFF == 0 and value < ADDRESS_LIMIT
+
+
+def is_pat(value: int) -> bool:
+    """Eight memory types (SDM vol. 3, Page Attribute Table (PAT))."""
+    return all(value >> shift & 0xFF in PAT_TYPES for shift in range(0, 64, 8))
+
+
+def canonical(value: int) -> bool:
+    """Canonical for 57-bit linear addresses, hence for 48-bit ones too (SDM vol. 1, Canonical Addressing)."""
+    return value >> 56 in (0, 0xFF)
+
+
+def summarize(evidence: Sequence[Evidence], limit: int = 3) -> str:
+    """The weightiest evidence in one line: what speaks against first, then what speaks for, then how much more there is."""
+    against = sorted((item for item in evidence if item.points < 0), key=lambda item: item.points)
+    pro = sorted((item for item in evidence if item.points > 0), key=lambda item: -item.points)
+    shown = against[:limit] + pro[:limit]
+    more = len(against) + len(pro) - len(shown)
+    return "; ".join([str(item) for item in shown] + ([f"{more} more"] if more else []))

@@ -1,0 +1,298 @@
+"""Find the control blocks of hypervisors in memory: every VMCS and VMCB, with the evidence for each.
+
+One number at a fixed place of each page decides whether the page is looked at: the revision identifier of a VMCS, EFER of a VMCB.  It is
+read with a stride over a mapped view, so that a scan costs one cache miss a page; only the few pages that pass are copied and judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Literal, Optional, Sequence, Tuple
+
+from vtdbg.errors import FormatError, MemoryUnavailable, UsageError
+from vtdbg.evidence import Evidence, summarize
+from vtdbg.machine import Machine
+from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
+from vtdbg.vmx.find import DISTINCTIVE, Known, RevisionFilter, relations
+from vtdbg.vmx.layouts import Candidate, Layout, decode_candidates, header_words, is_empty, rank
+from vtdbg.vmx.vmcs import Vmcs
+
+KINDS = ("vmcs", "vmcb")
+
+CLASSES = {
+    "vmcs": "VMCS",
+    "shadow-vmcs": "shadow VMCS",
+    "kvm-vmcs12": "vmcs12 of a nested hypervisor under KVM",
+    "ambiguous": "VMCS of undecided layout",
+    "vmxon-region": "VMXON region, or a VMCS never written back",
+    "empty": "a guest's VMXON region, or a stale vmcs12 page",
+    "vmcb": "VMCB",
+    "host-save-area": "host save area (VM_HSAVE_PA) in the layout of a VMCB",
+    "rejected": "not a control block",
+}
+"""What a page can be taken for."""
+
+_REASONS = {
+    "vmxon-region": "nothing except its revision identifier: a VMXON region, or a VMCS that was never written back to memory",
+    "empty": "nothing except KVM's vmcs12 revision identifier: a guest's VMXON region, or a vmcs12 that is current, whose live copy KVM keeps elsewhere",
+}
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes scanned so far."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A page that is a control block, or was taken into account as one.
+
+    `kind` "vmcs" or "vmcb"; `classification` a key of CLASSES; `score` the sum of `evidence`; `candidates` the VMCS layouts that were
+    scored, best first; `vmcs` the decoded page where there is one; `relations` what other pages say about it (see `relate`);
+    `reason` why it was rejected or not decoded.
+    """
+
+    kind: str
+    address: int
+    classification: str
+    score: int
+    evidence: Tuple[Evidence, ...] = ()
+    candidates: Tuple[Candidate, ...] = ()
+    vmcs: Optional[Vmcs] = None
+    relations: Tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def layout_id(self) -> str:
+        """The layout of a decoded VMCS; empty where there is none."""
+        if self.vmcs is not None and self.vmcs.layout is not None:
+            return self.vmcs.layout.id
+        return ""
+
+    @property
+    def title(self) -> str:
+        """What to write behind "VMCS at ...": empty for an ordinary one."""
+        words = [CLASSES[self.classification]] if self.classification not in ("vmcs", "vmcb") else []
+        return "; ".join([*words, *self.relations])
+
+    @cached_property
+    def summary(self) -> str:
+        """One line: relations, reason, and the weightiest evidence."""
+        return "; ".join(part for part in (*self.relations, self.reason, summarize(self.evidence)) if part)
+
+
+def scan(machine: "Machine | PhysicalMemory", kinds: Sequence[str] = KINDS, *, layout: Optional[Layout] = None, extra: Sequence[Layout] = (),
+         rejected: bool = False, progress: Optional[Progress] = None) -> Iterator[Found]:
+    """Control blocks in the memory of `machine`, in address order, one at a time: stop whenever you have seen enough.
+
+    `kinds`: "vmcs", "vmcb" or both.  `layout`: take every VMCS for this layout; `extra`: layouts to consider beside the packaged ones.
+    `rejected`: also yield, with the evidence, pages that begin with a known revision identifier and are no VMCS.  Pages that hold only a
+    small revision identifier come last: they count only where a VMCS with the same identifier was found.
+    `relate` adds what the pages found say about one another.
+
+    Raises UsageError for an unknown kind, and where nobody knows which memory exists.
+    """
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong:
+        raise UsageError(f"cannot scan for {wrong[0]!r}; known: {', '.join(KINDS)}")
+    memory = machine.memory if isinstance(machine, Machine) else machine
+    if memory.ranges() is None:
+        raise UsageError("cannot scan: which physical memory exists is not known here; give the address of the control block")
+    finders: List[_Finder] = []
+    if "vmcs" in kinds:
+        finders.append(_VmcsFinder(RevisionFilter(layout, extra), rejected))
+    if "vmcb" in kinds:
+        from vtdbg.svm import recognise
+
+        finders += [_VmcbFinder(recognise.EFER_OFFSET, recognise.efer_values(), rejected),
+                    _VmcbFinder(recognise.NESTED_CTL_OFFSET, recognise.sev_es_values(), rejected)]
+    return _found(memory, finders, progress)
+
+
+def _found(memory: PhysicalMemory, finders: "Sequence[_Finder]", progress: Optional[Progress]) -> Iterator[Found]:
+    for address, page, finder in sweep(memory, finders, progress):
+        found = finder.judge(address, page)
+        if found is not None:
+            yield found
+    for finder in finders:
+        yield from finder.rest()
+
+
+def relate(found: Iterable[Found], machine: "Machine | PhysicalMemory") -> List[Found]:
+    """The same with `relations` filled in: which shadow VMCS belongs to which VMCS, whose guest page a vmcs12 is, ..."""
+    memory = machine.memory if isinstance(machine, Machine) else machine
+    listed = list(found)
+    known = [Known(item.address, item.vmcs, item.classification == "kvm-vmcs12")
+             for item in listed if item.vmcs is not None and item.classification in ("vmcs", "shadow-vmcs", "kvm-vmcs12")]
+    said = relations(known, [item.address for item in listed if item.classification == "empty"], memory)
+    return [replace(item, relations=tuple(said[item.address])) if item.kind == "vmcs" and item.address in said else item for item in listed]
+
+
+# --- one pass over the pages -----------------------------------------------------------------------------------------------------
+
+_CHUNK_PAGES = 4096
+
+
+class _Finder:
+    """What decides by one dword at `offset` of a page whether to look at it, and judges the pages that pass."""
+
+    offset: int
+    values: FrozenSet[int]
+    code: Literal["I", "Q"]
+
+    def judge(self, address: int, page: bytes) -> Optional[Found]:
+        raise NotImplementedError
+
+    def rest(self) -> Iterator[Found]:
+        """What was held back until the whole memory was seen."""
+        return iter(())
+
+
+def sweep(memory: PhysicalMemory, finders: Sequence[_Finder], progress: Optional[Progress] = None) -> Iterator[Tuple[int, bytes, _Finder]]:
+    """(address, page, finder) of every page whose number at the finder's place is one that it wants, in address order.
+
+    A page that no view holds whole is read from the memory; at an end of memory it can be shorter than 4096 bytes.
+    """
+    done, last_split = 0, -1
+    for start, view in memory.views():
+        data = view.cast("B") if view.format != "B" else view
+        first = -start % PAGE_SIZE
+        whole = max(0, (len(data) - first) // PAGE_SIZE)
+        split = [start - start % PAGE_SIZE] if first else []
+        end = start + len(data)
+        if end % PAGE_SIZE and end - end % PAGE_SIZE not in split:
+            split.append(end - end % PAGE_SIZE)
+        for address in split[:1] if first else ():
+            if address != last_split:
+                yield from _split_page(memory, address, finders)
+                last_split = address
+        for piece in range(0, whole, _CHUNK_PAGES):
+            pages = min(_CHUNK_PAGES, whole - piece)
+            at = first + piece * PAGE_SIZE
+            yield from _chunk(start + at, data[at:at + pages * PAGE_SIZE], finders)
+            done += pages * PAGE_SIZE
+            if progress is not None:
+                progress(done)
+        for address in split[1:] if first else split:
+            if address != last_split:
+                yield from _split_page(memory, address, finders)
+                last_split = address
+
+
+def _chunk(address: int, data: memoryview, finders: Sequence[_Finder]) -> Iterator[Tuple[int, bytes, _Finder]]:
+    hits: List[Tuple[int, int]] = []
+    for number, finder in enumerate(finders):
+        width = 4 if finder.code == "I" else 8
+        column = data.cast(finder.code)[finder.offset // width::PAGE_SIZE // width].tolist()
+        # Most chunks hold nothing: the set looks through the whole column without a step in Python.
+        if not finder.values.isdisjoint(column):
+            hits += [(index, number) for index, value in enumerate(column) if value in finder.values]
+    for index, number in sorted(hits):
+        at = index * PAGE_SIZE
+        yield address + at, bytes(data[at:at + PAGE_SIZE]), finders[number]
+
+
+def _split_page(memory: PhysicalMemory, address: int, finders: Sequence[_Finder]) -> Iterator[Tuple[int, bytes, _Finder]]:
+    page = b""
+    for size in (PAGE_SIZE, PAGE_SIZE // 2, PAGE_SIZE // 4):
+        try:
+            page = memory.read(address, size)
+            break
+        except MemoryUnavailable:
+            continue
+    for finder in finders:
+        width = 4 if finder.code == "I" else 8
+        if int.from_bytes(page[finder.offset:finder.offset + width], "little") in finder.values and len(page) >= finder.offset + width:
+            yield address, page, finder
+
+
+# --- VMCS ------------------------------------------------------------------------------------------------------------------------
+
+
+_KVM_LAYOUTS = "kvm_vmcs12"
+
+
+class _VmcsFinder(_Finder):
+    def __init__(self, revisions: RevisionFilter, rejected: bool) -> None:
+        self.offset, self.code, self.values = 0, "I", revisions.first_dwords
+        self._revisions, self._rejected = revisions, rejected
+        self._real: Dict[int, int] = {}
+        self._empty: List[Tuple[int, bytes]] = []
+
+    def judge(self, address: int, page: bytes) -> Optional[Found]:
+        if is_empty(page):
+            return self._judge_empty(address, page)
+        survivors = self._revisions.survivors(page)
+        ranked = rank(page, survivors)
+        if not ranked or not ranked[0].fits:
+            return self._reject(address, page, ranked)
+        revision, shadow, _ = header_words(page)
+        self._real[revision] = self._real.get(revision, 0) + 1
+        best = ranked[0]
+        try:
+            vmcs = decode_candidates(page, ranked, f"page {address:#x}")
+        except FormatError as error:
+            return Found("vmcs", address, "ambiguous", best.score, best.evidence, tuple(ranked), reason=error.message)
+        what = "kvm-vmcs12" if best.layout.id.startswith(_KVM_LAYOUTS) else "shadow-vmcs" if shadow else "vmcs"
+        return Found("vmcs", address, what, best.score, best.evidence, tuple(ranked), vmcs)
+
+    def _reject(self, address: int, page: bytes, ranked: Sequence[Candidate]) -> Optional[Found]:
+        if not self._rejected:
+            return None
+        if ranked:
+            return Found("vmcs", address, "rejected", ranked[0].score, ranked[0].evidence, tuple(ranked), reason="too little looks like a VMCS")
+        _, evidence = self._revisions.reasons(page)
+        score = sum(item.points for item in evidence)
+        return Found("vmcs", address, "rejected", score, tuple(evidence), reason="only its first number is that of a VMCS")
+
+    def _judge_empty(self, address: int, page: bytes) -> Optional[Found]:
+        revision, _, abort = header_words(page)
+        if revision >= DISTINCTIVE:
+            return self._empty_found(address, page)
+        if abort > 0xFF:
+            reason = f"only the number {revision:#x}, and behind it {abort:#x}, which is no VMX-abort code"
+            return self._not_empty(address, reason) if self._rejected else None
+        self._empty.append((address, page))
+        return None
+
+    def rest(self) -> Iterator[Found]:
+        for address, page in self._empty:
+            revision = header_words(page)[0]
+            if revision in self._real:
+                yield self._empty_found(address, page)
+            elif self._rejected:
+                yield self._not_empty(address, f"only the number {revision:#x}, and no VMCS with that revision identifier was found")
+
+    def _empty_found(self, address: int, page: bytes) -> Found:
+        revision, shadow, _ = header_words(page)
+        software = any(item.id.startswith(_KVM_LAYOUTS) for item in self._revisions.layouts_of(revision))
+        same = self._real.get(revision, 0)
+        seen = [Evidence(1, f"VMCSs with revision identifier {revision:#x} in this memory: {same}")] if same else []
+        what = "empty" if software or shadow else "vmxon-region"
+        return Found("vmcs", address, what, len(seen), tuple(seen), reason=_REASONS[what])
+
+    def _not_empty(self, address: int, reason: str) -> Found:
+        return Found("vmcs", address, "rejected", 0, reason=reason)
+
+
+# --- VMCB ------------------------------------------------------------------------------------------------------------------------
+
+
+class _VmcbFinder(_Finder):
+    def __init__(self, offset: int, values: FrozenSet[int], rejected: bool) -> None:
+        self.offset, self.code, self.values = offset, "Q", values
+        self._rejected = rejected
+
+    def judge(self, address: int, page: bytes) -> Optional[Found]:
+        from vtdbg.svm import recognise
+
+        if len(page) < PAGE_SIZE or not recognise.quick(page):
+            return None
+        if self.offset == recognise.EFER_OFFSET and recognise.is_sev_es(page):
+            return None
+        what, evidence = recognise.judge_page(page)
+        score = sum(item.points for item in evidence)
+        if score >= recognise.FITS:
+            return Found("vmcb", address, what, score, tuple(evidence))
+        if not self._rejected:
+            return None
+        return Found("vmcb", address, "rejected", score, tuple(evidence), reason="too little looks like a VMCB")

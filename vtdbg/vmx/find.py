@@ -1,0 +1,224 @@
+"""Is this page a VMCS?  The cheap questions that a scan asks of each page, and what several pages say about one another."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+
+from vtdbg.errors import MemoryUnavailable
+from vtdbg.evidence import Evidence
+from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
+from vtdbg.vmx import layouts as vmcs_layouts
+from vtdbg.vmx.layout_map import SHADOW_BIT, Layout
+from vtdbg.vmx.plausibility import STRONG, judge_values
+from vtdbg.vmx.vmcs import Vmcs
+
+DISTINCTIVE = 0x10000
+"""Below it a revision identifier is a small number, with which any page may begin by accident."""
+
+_ENOUGH = 5
+_ENOUGH_WITH_ABORT = 12
+
+
+class RevisionFilter:
+    """The strong rules of every layout that a revision identifier may mean, read with one `struct` call a layout."""
+
+    def __init__(self, layout: Optional[Layout] = None, extra: Sequence[Layout] = ()) -> None:
+        self._extra = tuple(extra) if layout is None else (layout,)
+        self._only = layout is not None
+        own = {number for item in self._extra for number in item.revision_ids}
+        self.revision_ids: FrozenSet[int] = frozenset(own if self._only else own | set(vmcs_layouts.revision_ids()))
+        self._readers: Dict[int, List[_StrongFields]] = {}
+
+    @property
+    def first_dwords(self) -> FrozenSet[int]:
+        """With and without the shadow-VMCS indicator."""
+        return self.revision_ids | {number | SHADOW_BIT for number in self.revision_ids}
+
+    def survivors(self, page: bytes) -> List[Layout]:
+        """The layouts for which the page's control words, link pointer, host control registers and RFLAGS speak.
+
+        A page of a small revision identifier whose abort indicator is no abort code needs more of them.
+        """
+        revision, _, abort = vmcs_layouts.header_words(page)
+        needed = _ENOUGH_WITH_ABORT if revision < DISTINCTIVE and abort > 0xFF else _ENOUGH
+        return [reader.layout for reader in self._of(revision) if reader.points(page) >= needed]
+
+    def reasons(self, page: bytes) -> Tuple[Optional[Layout], List[Evidence]]:
+        """For a page without survivors: the layout that came nearest and what speaks against it."""
+        readers = [reader for reader in self._of(vmcs_layouts.header_words(page)[0]) if reader.layout.extent <= len(page)]
+        if not readers:
+            return None, [Evidence(-1, f"{len(page)} bytes are too short")]
+        best = max(readers, key=lambda reader: reader.points(page))
+        abort = vmcs_layouts.header_words(page)[2]
+        evidence = judge_values(best.values(page))
+        return best.layout, evidence + ([Evidence(-4, f"the abort indicator {abort:#x} is no VMX-abort code")] if abort > 0xFF else [])
+
+    def layouts_of(self, revision: int) -> List[Layout]:
+        """Every layout that is considered for a revision identifier."""
+        return [reader.layout for reader in self._of(revision)]
+
+    def _of(self, revision: int) -> "List[_StrongFields]":
+        found = self._readers.get(revision)
+        if found is None:
+            known = [item for item in self._extra if revision in item.revision_ids] if self._only else vmcs_layouts.layouts_for(revision, self._extra)
+            found = self._readers[revision] = [_StrongFields(item) for item in known]
+        return found
+
+
+class _StrongFields:
+    """The strong fields of one layout in one unpacking."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        places = sorted((layout.fields[encoding].offset, layout.fields[encoding].size, encoding) for encoding in STRONG if encoding in layout.fields)
+        form, at = "<", 0
+        for offset, size, _ in places:
+            form += f"{offset - at}x{'IQ'[size == 8]}"
+            at = offset + size
+        self._struct = struct.Struct(form)
+        self._rules = [STRONG[encoding] for _, _, encoding in places]
+
+    def points(self, page: bytes) -> int:
+        if len(page) < max(self._struct.size, self.layout.extent):
+            return -1
+        total = 0
+        for rule, value in zip(self._rules, self._struct.unpack_from(page)):
+            if value:
+                verdict = rule.judge(value)
+                total += rule.good if verdict else rule.bad if verdict is False else 0
+        return total
+
+    def values(self, page: bytes) -> Mapping[int, int]:
+        return {rule.encodings[0]: value for rule, value in zip(self._rules, self._struct.unpack_from(page))}
+
+
+# --- what several pages say about one another -------------------------------------------------------------------------------------
+
+NO_LINK = (1 << 64) - 1
+_GUEST_STATE = (0x681C, 0x6802, 0x6816, 0x6818, 0x6814, 0x680E, 0x6810, 0x0802, 0x080E, 0x4810, 0x4812, 0x6800)
+"""Guest RSP, CR3, GDTR, IDTR, TR, FS, GS base, CS and TR selector, GDTR and IDTR limit, CR0."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A VMCS that was found: where, what it holds, and whether it is a vmcs12 (the VMCS of a nested hypervisor, kept by software)."""
+
+    address: int
+    vmcs: Vmcs
+    software: bool
+
+
+def relations(found: Iterable[Known], empty: Iterable[int], memory: PhysicalMemory) -> Dict[int, List[str]]:
+    """What can be proved about each address, in words: link pointers, shared VPIDs, equal guest state, guest pages.
+
+    `empty`: addresses of pages that hold only a revision identifier; those of a software VMCS are looked for in the guests' memory too.
+    """
+    known = sorted(found, key=lambda item: item.address)
+    said: Dict[int, List[str]] = {}
+    _links(known, said)
+    _same_vpid(known, said)
+    _same_guest(known, said)
+    wanted = {item.address for item in known if item.software} | set(empty)
+    if wanted:
+        _guest_pages(known, wanted, memory, said)
+    return said
+
+
+def _say(said: Dict[int, List[str]], address: int, words: str) -> None:
+    said.setdefault(address, []).append(words)
+
+
+def _links(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
+    shadows = {item.address for item in known if item.vmcs.shadow}
+    for item in known:
+        target = item.vmcs.get("VMCS_LINK_POINTER")
+        if target in shadows and not item.vmcs.shadow:
+            _say(said, item.address, f"its link pointer names the shadow VMCS at {target:#x}")
+            _say(said, target or 0, f"shadow VMCS of {item.address:#x}")
+
+
+def _same_vpid(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
+    by_vpid: Dict[int, List[int]] = {}
+    for item in known:
+        vpid = item.vmcs.get("VIRTUAL_PROCESSOR_ID")
+        if vpid and not item.software and not item.vmcs.shadow:
+            by_vpid.setdefault(vpid, []).append(item.address)
+    for vpid, addresses in by_vpid.items():
+        for address in addresses if len(addresses) > 1 else ():
+            others = ", ".join(f"{other:#x}" for other in addresses if other != address)
+            _say(said, address, f"same VPID {vpid:#x} as {others}")
+
+
+def _same_guest(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
+    for item in known:
+        for nested in known if not item.software and not item.vmcs.shadow else ():
+            if not nested.software or not nested.vmcs.get("GUEST_RSP"):
+                continue
+            pairs = [(item.vmcs.get(encoding), nested.vmcs.get(encoding)) for encoding in _GUEST_STATE]
+            used = [(one, other) for one, other in pairs if one and other]
+            if len(used) >= 6 and pairs[0][0] == pairs[0][1] and all(one == other for one, other in used):
+                _say(said, item.address, f"runs the guest of the nested VMCS at {nested.address:#x} ({len(used)} guest registers are equal)")
+                _say(said, nested.address, f"its guest ran with the VMCS at {item.address:#x}")
+
+
+def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemory, said: Dict[int, List[str]]) -> None:
+    searched = complete = True
+    homes: Dict[int, List[str]] = {}
+    roots = sorted({(item.vmcs.get("EPT_POINTER") or 0, item.address) for item in known if not item.software and not item.vmcs.shadow})
+    for eptp, address in roots:
+        if eptp >> 3 & 7 == 3:
+            pages, complete_here = find_in_ept(memory, eptp, wanted)
+            complete = complete and complete_here
+            for page, gpa in pages.items():
+                homes.setdefault(page, []).append(f"guest page {gpa:#x} of the VM of {address:#x}")
+    searched = any(eptp for eptp, _ in roots)
+    for page in sorted(wanted):
+        for words in homes.get(page, ()):
+            _say(said, page, words)
+        if page not in homes and searched and complete and any(item.address == page for item in known):
+            _say(said, page, "in no guest's memory: the hypervisor's own copy")
+
+
+_TABLE_LIMIT = 8192
+_EPT_ADDRESS = 0x000FFFFFFFFFF000
+
+
+def find_in_ept(memory: PhysicalMemory, eptp: int, wanted: Set[int], limit: int = _TABLE_LIMIT) -> Tuple[Dict[int, int], bool]:
+    """Guest-physical addresses of host pages `wanted` in a 4-level EPT: ({host page: GPA}, was everything searched).
+
+    Reads at most `limit` tables.  Entries that cannot be read and misconfigured ones (writable, not readable) are passed over.
+    """
+    found: Dict[int, int] = {}
+    tables = [(eptp & _EPT_ADDRESS, 4, 0)]
+    seen: Set[Tuple[int, int]] = set()
+    complete = True
+    while tables:
+        table, level, base = tables.pop()
+        if (table, level) in seen:
+            continue
+        if len(seen) >= limit:
+            return found, False
+        seen.add((table, level))
+        try:
+            entries = struct.unpack("<512Q", memory.read(table, PAGE_SIZE))
+        except MemoryUnavailable:
+            complete = False
+            continue
+        span = 1 << (12 + 9 * (level - 1))
+        for index, entry in enumerate(entries):
+            if not entry & 5:
+                continue
+            address, gpa = entry & _EPT_ADDRESS, base + index * span
+            if level > 1 and not entry & 0x80:
+                tables.append((address, level - 1, gpa))
+            elif level == 1:
+                if address in wanted:
+                    found.setdefault(address, gpa)
+            elif level < 4:
+                first = address & -span
+                for page in wanted:
+                    if first <= page < first + span:
+                        found.setdefault(page, gpa + page - first)
+    return found, complete
