@@ -71,24 +71,29 @@ def _exception(guest: Guest, length: Optional[int], event: Optional[Event]) -> I
         yield Advice("rip", f"do not advance RIP: {event.name} left GUEST_RIP as the guest's handler would see it", SEE_RIP)
 
 
-def event(number: int, interruption: Optional[Event], error_code: Optional[int], during: Optional[Event], during_error: Optional[int],
-          length: Optional[int], qualification: Optional[int]) -> List[Advice]:
-    """What to inject: the event whose delivery the exit broke off, the exception that the VMM reflects, or #DF for both."""
-    found = list(_redeliver(during, during_error, length)) if during is not None and during.valid else []
-    if number == 0 and interruption is not None and interruption.valid:
+def event(number: int, guest: Guest, interruption: Optional[Event], error_code: Optional[int], during: Optional[Event],
+          during_error: Optional[int], length: Optional[int], qualification: Optional[int]) -> List[Advice]:
+    """What to inject: the event whose delivery the exit broke off, the exception that the VMM reflects, or #DF for both.
+
+    Events that cannot be (with `problems`) are not injected: the entry would fail.
+    """
+    again = during is not None and during.valid and not during.problems
+    found = list(_redeliver(during, guest, during_error, length)) if during is not None and again else []
+    if number == 0 and interruption is not None and interruption.valid and not interruption.problems:
         found += _reflect(interruption, error_code, length, qualification)
-        if during is not None and during.valid:
+        if during is not None and again:
             found += _both(during, interruption)
     return found
 
 
-def _redeliver(during: Event, error_code: Optional[int], length: Optional[int]) -> Iterator[Advice]:
+def _redeliver(during: Event, guest: Guest, error_code: Optional[int], length: Optional[int]) -> Iterator[Advice]:
     made = events.injection(during, error_code, length)
     yield Advice("event", f"{during.title} was being delivered and is lost unless it is injected again: {made.text}", events.SEE_INJECTION)
     if during.type == events.NMI:
         yield Advice("shadow", "clear blocking by NMI (bit 3 of GUEST_INTERRUPTIBILITY_INFO) before injecting the NMI again: its delivery has "
                      "set it, and with virtual NMIs the entry fails otherwise", SEE_BLOCKING)
-    if during.error_code_valid:
+    cr0 = guest.register("cr0")
+    if during.error_code_valid and (cr0 is None or not cr0 & 1):
         yield Advice("event", "in real mode (CR0.PE = 0) no error code may be delivered: clear bit 11 there", events.SEE_INJECTION)
 
 

@@ -21,6 +21,7 @@ SEE_EXCEPTION = "SDM vol. 3, Exception Bitmap; Other Causes of VM Exits"
 SEE_MASKS = "SDM vol. 3, Guest/Host Masks and Read Shadows for CR0 and CR4"
 SEE_MSR = "SDM vol. 3, MSR-Bitmap Address"
 SEE_SHADOWING = "SDM vol. 3, VMCS Shadowing Bitmap Addresses"
+SEE_EPT = "SDM vol. 3, EPT Violations; EPT Misconfigurations; Convertible EPT Violations"
 SEE_IO = "SDM vol. 3, I/O-Bitmap Addresses"
 
 LOW_MSRS, HIGH_MSRS, MSRS_IN_RANGE = 0, 0xC0000000, 0x2000
@@ -260,9 +261,9 @@ def _io(what: Exit) -> Iterator[Advice]:
 
 
 def _ept(what: Exit) -> Iterator[Advice]:
-    yield Advice("cause", f"{state(what, 'sec', 'EPT')}, and the EPT entries for the guest-physical address (see `ept walk`)", "SDM vol. 3, EPT Violations")
-    yield Advice("avoid", "change those entries; an EPT violation whose entry has bit 63 (suppress #VE) 0 is delivered to the guest as #VE instead while "
-                 "EPT-violation #VE is on", "SDM vol. 3, Virtualization Exceptions")
+    yield Advice("cause", f"{state(what, 'sec', 'EPT')}, and the EPT entries for the guest-physical address (see `ept walk`)", SEE_EPT)
+    yield Advice("avoid", "change those entries" + ("; or have the guest take #VE: EPT-violation #VE on, bit 63 (suppress #VE) of the entry 0"
+                                                    if what.number == 48 else ""), SEE_EPT)
 
 
 def _vmcs_access(what: Exit, bitmap: str) -> Iterator[Advice]:

@@ -361,9 +361,15 @@ class _Explainer:
         if self.during is not None:
             error = self.vmcs.get("IDT_VECTORING_ERROR_CODE")
             yield from events.facts(self.during, error, self.source("IDT_VECTORING_INFO_FIELD"))
-            if self.during.valid and self.row is not None and self.row.rip in ("instruction", "trap"):
+            if self.during.valid and not self._can_be_during_delivery():
                 yield Fact("event being delivered", self.during.value, self.during.title, self.source("IDT_VECTORING_INFO_FIELD"),
-                           f"impossible: {self.row.name} does not occur during event delivery", "IDT_VECTORING_INFO_FIELD")
+                           "impossible: this exit does not occur during event delivery", "IDT_VECTORING_INFO_FIELD")
+
+    def _can_be_during_delivery(self) -> bool:
+        """SDM vol. 3, Information for VM Exits That Occur During Event Delivery: not a #DF that exits by itself, not a triple fault."""
+        if self.number == 0 and self._exception_vector() == 8:
+            return False
+        return self.row is not None and (self.row.rip in ("exception", "task", "access") or self.number == 75)
 
     def _event_problems(self, event: Event) -> Iterator[str]:
         if event.valid and self.number not in (0, 1):
@@ -395,7 +401,8 @@ class _Explainer:
         if self.failed:
             yield from self._failure_advice()
         yield from advice.rip("failure" if self.failed else row.rip, self.guest, length, self.event, self.during, self.qualification)
-        yield from advice.event(self.number, self.event, error, self.during, self.vmcs.get("IDT_VECTORING_ERROR_CODE"),
+        again = self.during if self._can_be_during_delivery() else None
+        yield from advice.event(self.number, self.guest, self.event, error, again, self.vmcs.get("IDT_VECTORING_ERROR_CODE"),
                                 self.vmcs.get("VM_EXIT_INSTRUCTION_LEN"), self.qualification)
         yield from advice.shadow(row.rip, self.guest, self._nmi_unblocked(row), self.during)
         yield from causes.advice(row.cause, causes.Exit(self.guest, self.number, self.qualification, self.event, error))
