@@ -107,14 +107,16 @@ def lzo_literals(data: bytes) -> bytes:
 
 
 COMPRESSORS: Dict[str, Tuple[int, Callable[[bytes], bytes]]] = {
-    "plain": (0, bytes), "zlib": (1, zlib.compress), "lzo": (2, lzo_literals), "snappy": (4, snappy_literals)}
+    "plain": (0, bytes), "zlib": (1, zlib.compress), "lzo": (2, lzo_literals), "snappy": (4, snappy_literals),
+    "zstd": (32, bytes)}
 
 
 def kdump(segments: Segments, compression: str = "zlib", notes: bytes = b"", vmcoreinfo: bytes = b"", max_mapnr: Optional[int] = None,
           excluded: Sequence[int] = (), split: int = 0, version: int = 6, bits: int = 64, machine: bytes = b"x86_64",
-          signature: bytes = b"KDUMP   ") -> bytes:
-    """`excluded`: page frame numbers that exist and are not stored."""
-    flag, compress = COMPRESSORS[compression]
+          signature: bytes = b"KDUMP   ", compress: Optional[Callable[[bytes], bytes]] = None) -> bytes:
+    """`excluded`: page frame numbers that exist and are not stored.  `compress` in the place of the literals-only compressors."""
+    flag, plain = COMPRESSORS[compression]
+    literals, compress = compress is None and compression in ("lzo", "snappy"), compress or plain
     pages = pages_of(segments)
     top = max(list(pages) + list(excluded), default=0) + 1 if max_mapnr is None else max_mapnr
     bitmap_size = -(-top // 8 // PAGE) * PAGE or PAGE
@@ -141,8 +143,8 @@ def kdump(segments: Segments, compression: str = "zlib", notes: bytes = b"", vmc
     for pfn in sorted(pages):
         packed, used = compress(pages[pfn]), flag
         if len(packed) >= PAGE and compression != "plain":
-            # Both programs store a page as it is where compression does not make it smaller; the literals-only ones stay for the tests.
-            packed, used = (packed, used) if compression in ("lzo", "snappy") else (pages[pfn], 0)
+            # Both programs store a page as it is where compression does not make it smaller.
+            packed, used = (packed, used) if literals else (pages[pfn], 0)
         entry = (data_at + len(body), len(packed), used)
         if not any(pages[pfn]):
             if zero_at is None:
@@ -199,6 +201,7 @@ def windows64(segments: Segments, kind: str = "full", dump_type: Optional[int] =
             struct.pack_into("<QQ", header, 0x98 + 16 * index, *run)
     context = bytearray(0x4D0)
     struct.pack_into("<IIHHHHHHI", context, 0x30, 0x10001F, 0x1F80, 0x10, 0x2B, 0x2B, 0x53, 0x2B, 0x18, 0x246)
+    struct.pack_into("<I", context, 0x118, 0x1F80)                       # FltSave.MxCsr, which has to equal MxCsr
     order = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip"]
     struct.pack_into("<17Q", context, 0x78, *(registers.get(name, 0) for name in order))
     header[0x348:0x348 + len(context)] = context
@@ -215,7 +218,8 @@ def windows64(segments: Segments, kind: str = "full", dump_type: Optional[int] =
         summary = struct.pack("<4s4s24xQQQ", b"FDMP", b"DUMP", first, len(pages), top) + bits
         return bytes(header) + summary.ljust(first - 0x2000, b"\0") + body
     first = -(-(0x2030 + 16 * (len(runs) + 1)) // PAGE) * PAGE
-    summary = struct.pack("<I4s4sIQQ16x", 0x40, b"RDMP", b"DUMP", 0, first - 0x2020, first) + b"".join(struct.pack("<QQ", *run) for run in runs)
+    summary = struct.pack("<I4s4sIQQIIQ", 0x40, b"RDMP", b"DUMP", 0, first - 0x2020, first, len(runs), 0, len(pages))
+    summary += b"".join(struct.pack("<QQ", *run) for run in runs)
     return bytes(header) + summary.ljust(first - 0x2000, b"\0") + body
 
 
