@@ -45,7 +45,7 @@ def test_every_row_belongs_to_a_declared_table() -> None:
             assert row["table"] in bits.tables()
             if path.stem != "tables":
                 assert path.stem in bits.FILES
-                assert row["kind"] in {"flag", "enum", "number", "hex", "address", "linear", *bits.NO_MEANING}
+                assert row["kind"] in {"flag", "inverted", "enum", "number", "hex", "address", "linear", *bits.NO_MEANING}
 
 
 @given(st.sampled_from(TABLES), st.integers(0, 2**64 - 1))

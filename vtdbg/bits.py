@@ -5,6 +5,7 @@ completion come out of it; a new bit is one row.  `data/bits/tables.csv` cites t
 
 Kinds of a field:
   flag       one bit with a meaning when 1 (and, if `values` says so, when 0)
+  inverted   a flag that says its thing when it is 0
   enum       a number whose values have names
   number     a decimal number
   hex        a number that people read in hexadecimal
@@ -150,7 +151,7 @@ class BitTable:
             label = row.name if names or not row.ident else row.ident
             if row.kind in ("reserved0", "reserved1"):
                 words.append(f"reserved {row.bits}={decoded.number:#x}!")
-            elif row.kind == "flag" and row.high == row.low:
+            elif row.kind in ("flag", "inverted") and row.high == row.low:
                 words.append(row.values.get(decoded.number, label))
             else:
                 words.append(f"{label}={decoded.meaning}")
@@ -158,6 +159,15 @@ class BitTable:
         if outside:
             words.append(f"undefined bits {outside:#x}!")
         return (", " if names else " ").join(words) or "0"
+
+    def describe_mask(self, value: int) -> str:
+        """A mask over this layout: the bits in it, or "all but ..." where that is shorter.  Reserved bits in a mask are nobody's mistake."""
+        flags = [row for row in self.fields if row.kind not in NO_MEANING]
+        inside = [row.ident for row in flags if value & row.mask == row.mask]
+        outside = [row.ident for row in flags if not value & row.mask]
+        if not outside and inside:
+            return "all"
+        return "all but " + " ".join(outside) if len(inside) > len(outside) else " ".join(inside) or "0"
 
     def defined_mask(self) -> int:
         """Bits that some row describes."""
@@ -190,6 +200,8 @@ def _is_shown(decoded: BitValue) -> bool:
         return decoded.number != (whole if row.kind == "reserved1" else 0)
     if row.kind in NO_MEANING:
         return False
+    if row.kind == "inverted":
+        return decoded.number == 0
     if row.kind == "flag":
         return decoded.number != 0 or 0 in row.values
     return decoded.number != 0 or row.kind in ("enum", "address", "linear") or 0 in row.values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
 
 from vtdbg.errors import UsageError
 from vtdbg.machine import Machine
@@ -94,8 +94,6 @@ class Session:
         """The layout that the user forced, by name or file."""
         if not self.layout_name:
             return None
-        from vtdbg.vmx.layouts import find_layout
-
         return find_layout(self.layout_name)
 
     @property
@@ -134,4 +132,10 @@ class Session:
         return lines
 
 
-Words = Tuple[str, ...]
+def find_layout(name: str) -> "Layout":
+    """A packaged layout by name, or a user's own by the path of its file."""
+    from vtdbg.vmx import layout_file, layouts
+
+    if name not in layouts.layouts() and (os.path.exists(name) or os.sep in name or name.endswith(".json")):
+        return layout_file.load_layout(name)
+    return layouts.layout(name)

@@ -1,0 +1,119 @@
+"""What the `ept` and `npt` verbs share: which tables are meant, and walks and dumps of them as reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, List, Optional, Sequence
+
+from vtdbg import bits
+from vtdbg.commands.registry import Arg, Opt
+from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs
+from vtdbg.commands.session import Session
+from vtdbg.commands.vmcb import STALE_VMCB
+from vtdbg.commands.walks import access_text, walk_group
+from vtdbg.errors import UsageError
+from vtdbg.report import FINDINGS, Lines, Report, Value
+from vtdbg.svm.npt import Npt
+from vtdbg.svm.vmcb import Vmcb
+from vtdbg.vmx.ept import Ept
+from vtdbg.walk import parse_access
+
+if TYPE_CHECKING:
+    from vtdbg.walk import NestedTables
+
+GPA = Arg("gpa", "address", "guest-physical address")
+RANGE = Opt("--gpa", "text", "only this range: A-B or A+SIZE", metavar="RANGE")
+LIMIT = Opt("--limit", "int", "stop after this many rows", default=1000)
+ACCESS = Opt("--access", "text", "what the guest does: r, w, x or a combination (default: nothing is judged but presence)")
+
+
+@dataclass(frozen=True)
+class Root:
+    """Nested tables, where the pointer to them is from, and the Python that makes them."""
+
+    tables: "NestedTables"
+    title: str
+    python: str
+    users: List[str] = field(default_factory=list)
+
+
+def ept_roots(session: Session, eptp: Optional[int], vmcs: Optional[int]) -> List[Root]:
+    """The EPT that the user named, or those of every VMCS that a scan finds, each pointer once."""
+    if eptp is not None:
+        return [Root(Ept(eptp, session.caps), f"EPTP {eptp:#x}", f"{eptp:#x}")]
+    roots: dict[int, Root] = {}
+    problems = []
+    for item in chosen_vmcs(session, vmcs):
+        try:
+            tables = Ept.from_vmcs(item.vmcs, session.caps)
+        except UsageError as error:
+            problems.append(f"{item.title}: {error}")
+            continue
+        root = roots.setdefault(tables.eptp, Root(tables, f"EPTP {tables.eptp:#x}", f"{tables.eptp:#x}"))
+        root.users.append(item.title)
+    if not roots:
+        raise UsageError("; ".join(problems) or "no EPT pointer; give --eptp")
+    return list(roots.values())
+
+
+def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> List[Root]:
+    """The nested tables that the user named, or those of every VMCB that a scan finds, each root once."""
+    if ncr3 is not None:
+        return [Root(Npt(ncr3), f"nCR3 {ncr3:#x}", f"{ncr3:#x}")]
+    roots: dict[int, Root] = {}
+    problems = []
+    for item in chosen_vmcb(session, vmcb):
+        try:
+            tables = npt_of(session, item.vmcb)
+        except UsageError as error:
+            problems.append(f"{item.title}: {error}")
+            continue
+        root = roots.setdefault(tables.ncr3, Root(tables, f"nCR3 {tables.ncr3:#x}", f"{tables.ncr3:#x}"))
+        root.users.append(item.title)
+    if not roots:
+        raise UsageError("; ".join(problems) or "no nested CR3; give --ncr3")
+    return list(roots.values())
+
+
+def npt_of(session: Session, vmcb: Vmcb) -> Npt:
+    """The nested tables that a VMCB uses; UsageError where nested paging is off.
+
+    Their format is that of the host's own paging at VMRUN (APM vol. 2, Nested Paging), which the VMCB does not say: 4-level is taken, and said.
+    """
+    control, root = vmcb.get("nested_ctl"), vmcb.get("nested_cr3")
+    if control is None or root is None:
+        raise UsageError(f"the VMCB ({vmcb.origin}) has no nested CR3; give --ncr3")
+    table = bits.table("nested_ctl")
+    if not table.test(control, "NP_ENABLE"):
+        raise UsageError(f"nested paging is not in use: NP_ENABLE (nested_ctl bit 0) is 0 in the VMCB ({vmcb.origin})")
+    return Npt(root, gmet=table.test(control, "GMET"), read_only_gpt=table.test(control, "READ_ONLY_GPT"))
+
+
+def title_of(root: Root, words: str) -> str:
+    """"GPA 0x1000 through EPTP 0x3afa05e (VMCS at 0x6826000)"."""
+    return f"{words} through {root.title}" + (f" ({', '.join(root.users)})" if root.users else "")
+
+
+def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int, access: Optional[str]) -> Report:
+    """One walk for each root; status 1 where one of them does not get through."""
+    parse_access(access)
+    kind = command.split()[0]
+    report = Report(command, header=session.header(), notes=list(session.machine.warnings))
+    if any(root.users for root in roots):
+        report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
+    report.python = session.python_open()
+    for root in roots:
+        walk = root.tables.walk(session.machine.memory, gpa, access)
+        report.add(walk_group(walk, title_of(root, f"GPA {gpa:#x}{access_text(access)}"), "phys"))
+        if not walk.mapped:
+            report.status = FINDINGS
+        report.python.append(f"walk = vtdbg.{kind}_walk(machine.memory, {root.python}, {gpa:#x}, access={access!r})")
+    report.python.append("print(walk.outcome, walk.hpa, walk.reason)")
+    if len(roots) > 1:
+        option = "--vmcs or --eptp" if kind == "ept" else "--vmcb or --ncr3"
+        report.add(Lines("hint", [Value(None, f"{len(roots)} tables were found and walked; {option} picks one.", "dim")]))
+    return report
+
+
+def dump_report(command: str, session: Session, roots: Sequence[Root], gpa: Optional[str], limit: int) -> Report:
+    raise UsageError("not yet")

@@ -1,0 +1,67 @@
+"""Fields of a VMCS or VMCB as blocks of a report: one table a group, each value in words, what does not count dimmed with why."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple
+
+from vtdbg.report import Block, Lines, Table, Value, hexa, text
+
+
+class Shown(NamedTuple):
+    """A value as the command wants it shown: `why` is set where it does not count, `note` where it counts and something has to be said."""
+
+    name: str
+    title: str
+    group: str
+    value: int
+    digits: int
+    meaning: str
+    source: str
+    why: str = ""
+    note: str = ""
+
+
+COLUMNS = (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", ""), ("title", ""), ("used", ""))
+
+
+def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: bool = False) -> List[Block]:
+    """Tables in the order of `titles`.  Fields that do not count and are 0 are left out, counted in the last line, unless `show_all`."""
+    blocks: List[Block] = []
+    by_group: Dict[str, List[Shown]] = {key: [] for key in titles}
+    hidden = 0
+    for value in values:
+        if value.why and value.value == 0 and not show_all:
+            hidden += 1
+        else:
+            by_group.setdefault(value.group, []).append(value)
+    for key, rows in by_group.items():
+        if rows:
+            table = Table("fields", COLUMNS, title=titles.get(key, key), wrap="meaning", headings=not blocks)
+            for row in rows:
+                table.add(*_row(row))
+            blocks.append(table)
+    if hidden:
+        blocks.append(Lines("hidden", [Value(hidden, f"{hidden} fields that the controls leave unused are 0 and not shown (--all shows them).", "dim")]))
+    return blocks
+
+
+def _row(row: Shown) -> List[Any]:
+    style = "dim" if row.why else ""
+    reserved = "!" in row.meaning
+    words = in_words(row)
+    return [text(row.name, style), hexa(row.value, row.digits, style), Value(row.meaning, words, style or ("warn" if reserved else "")),
+            text(row.source), text(row.title), Value(not row.why, "")]
+
+
+def in_words(row: Shown) -> str:
+    """Why it does not count, what it means, what else there is to say."""
+    # "0" says nothing that the value does not.
+    return "; ".join(part for part in (row.why, row.meaning if row.meaning != "0" else "", row.note) if part)
+
+
+def short_source(source: str) -> str:
+    """The provenance without what the title and the head of the group say already (page and layout)."""
+    found = re.search(r"offset 0x[0-9a-f]+", source)
+    return found.group() if found and ", inferred" not in source else source
+

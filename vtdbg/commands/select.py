@@ -1,0 +1,101 @@
+"""Which control block does the user mean?  By address, by text, or found by scanning; shared by every command that needs one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import List, Optional
+
+from vtdbg.commands.session import Session
+from vtdbg.errors import FormatError, UsageError
+from vtdbg.scan import Found, relate, scan
+from vtdbg.svm.vmcb import Vmcb
+from vtdbg.vmx.vmcs import Vmcs
+
+# SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
+STALE_VMCS = "a VMCS in memory may be stale: a current one may be kept in the processor until VMCLEAR"
+
+
+@dataclass(frozen=True)
+class VmcsAt:
+    """A decoded VMCS and where it is; `found` is the scan's evidence, None where the user named the address."""
+
+    address: Optional[int]
+    vmcs: Vmcs
+    found: Optional[Found] = None
+
+    @property
+    def title(self) -> str:
+        where = f"VMCS at {self.address:#x}" if self.address is not None else f"VMCS from {self.vmcs.origin}"
+        return where + (f" ({self.found.title})" if self.found and self.found.title else "")
+
+
+@dataclass(frozen=True)
+class VmcbAt:
+    """A decoded VMCB and where it is.  0 is a legal address."""
+
+    address: Optional[int]
+    vmcb: Vmcb
+    found: Optional[Found] = None
+
+    @property
+    def title(self) -> str:
+        return f"VMCB at {self.address:#x}" if self.address is not None else f"VMCB from {self.vmcb.origin}"
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of the standard input for "-"; undecodable bytes are replaced, not fatal."""
+    if path == "-":
+        return sys.stdin.read()
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError as error:
+        raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def aligned_page(session: Session, address: int, what: str) -> bytes:
+    """The 4 KiB at an address that has to be page-aligned."""
+    if address & 0xFFF:
+        raise UsageError(f"{what} address {address:#x} is not 4 KiB aligned (bits 11:0 must be 0); did you mean {address & ~0xFFF:#x}?")
+    return session.machine.memory.read_page(address)
+
+
+def vmcs_at(session: Session, address: int) -> VmcsAt:
+    """The VMCS in the page at `address`; errors name the address."""
+    page = aligned_page(session, address, "VMCS")
+    return VmcsAt(address, Vmcs.from_page(page, session.layout, f"page {address:#x}"))
+
+
+def found_blocks(session: Session, kind: str) -> List[Found]:
+    """What a scan of the memory finds, kept until the target runs."""
+    found: List[Found] = session.remembered(f"scan {kind} {session.layout_name}",
+                                            lambda: relate(scan(session.machine, kinds=(kind,), layout=session.layout), session.machine))
+    return found
+
+
+def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None) -> List[VmcsAt]:
+    """The VMCS that the user named, or every real one that a scan finds (pages that hold only a revision id are left out)."""
+    if text is not None:
+        return [VmcsAt(None, Vmcs.from_text(read_text(text), index))]
+    if address is not None:
+        return [vmcs_at(session, address)]
+    chosen = [VmcsAt(found.address, found.vmcs, found) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
+    if not chosen:
+        raise FormatError(session.machine.name, "no VMCS found; give its address, or a layout with --layout (`vmcs list --rejected` shows what came near)")
+    return chosen
+
+
+def chosen_vmcb(session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None,
+                layout: str = "vmcb") -> List[VmcbAt]:
+    """The VMCB that the user named, or every one that a scan finds."""
+    if text is not None:
+        return [VmcbAt(None, Vmcb.from_text(read_text(text), index))]
+    if address is not None:
+        page = aligned_page(session, address, "VMCB")
+        return [VmcbAt(address, Vmcb.from_page(page, layout))]
+    chosen = [VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)
+              for found in found_blocks(session, "vmcb") if found.classification == "vmcb"]
+    if not chosen:
+        raise FormatError(session.machine.name, "no VMCB found; give its physical address")
+    return chosen

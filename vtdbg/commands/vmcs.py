@@ -1,0 +1,184 @@
+"""`vmcs list|dump|get|layouts`: every VMCS of a dump by name and value."""
+
+from __future__ import annotations
+
+from typing import Dict, Iterator, List, Optional
+
+from vtdbg.commands.records import Shown, group_tables, in_words, short_source
+from vtdbg.commands.registry import Arg, Opt, verb
+from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs, found_blocks
+from vtdbg.commands.session import Session, find_layout
+from vtdbg.errors import FormatError, UsageError
+from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.vmx import fields as vmcs_fields
+from vtdbg.vmx.gates import gate_of
+from vtdbg.vmx.vmcs import FieldValue, Vmcs
+from vtdbg.vmx.words import value_in_words
+
+ADDRESS = Arg("address", "address", "physical address of the VMCS page (default: every one that a scan finds)", nargs="?")
+TEXT = Opt("--text", "path", "take the VMCS from a log (KVM, Xen, hvext, HAXM, VirtualBox); - is the standard input", metavar="FILE")
+INDEX = Opt("--index", "int", "which dump of the text, from 0")
+
+GROUPS: Dict[str, tuple[str, ...]] = {
+    "guest": ("guest-register", "guest-non-register"),
+    "host": ("host",),
+    "control": ("execution-control", "exit-control", "entry-control"),
+    "exit": ("exit-info",),
+}
+
+
+@verb("vmcs list", "find every VMCS in the memory, with the evidence",
+      Opt("--rejected", "flag", "also show pages that begin with a known revision id and are no VMCS"))
+def list_(session: Session, rejected: bool) -> Report:
+    """Scans page by page for regions that begin with a known revision id and decode to something plausible.
+
+    A revision id alone proves nothing: many pages begin with one by accident.  The score sums the evidence, for and against.
+    """
+    report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
+    found = found_blocks(session, "vmcs")
+    table = Table("vmcs", (("address", "address"), ("kind", "kind"), ("layout", "layout"), ("score", "score"), ("summary", "evidence")),
+                  empty="no VMCS found", wrap="summary")
+    for item in found:
+        table.add(hexa(item.address, link=f"vmcs dump {item.address:#x}"), text(item.classification, "good" if item.vmcs else "dim"),
+                  item.layout_id, str(item.score), item.summary)
+    report.add(table)
+    if rejected:
+        near = Table("rejected", (("address", "address"), ("layout", "layout"), ("score", "score"), ("summary", "why not")),
+                     title="Rejected pages", empty="none", wrap="summary")
+        from vtdbg.scan import scan
+
+        for item in scan(session.machine, kinds=("vmcs",), layout=session.layout, rejected=True):
+            if item.classification == "rejected":
+                near.add(hexa(item.address), item.layout_id, str(item.score), item.summary)
+        report.add(near)
+    if found:
+        report.notes.append(STALE_VMCS)
+    report.python = [*session.python_open(), 'for found in vtdbg.scan(machine, kinds=("vmcs",)):',
+                     "    print(hex(found.address), found.classification, found.score, found.evidence)"]
+    return report
+
+
+@verb("vmcs dump", "every field by name and value, decoded bit by bit", ADDRESS, TEXT, INDEX,
+      Opt("--group", "choice", "only these fields", choices=tuple(GROUPS)),
+      Opt("--all", "flag", "unused fields that are 0 too"))
+def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], group: Optional[str], all: bool) -> Report:
+    """Fields that the controls leave unused are dimmed, with the control that leaves them unused."""
+    chosen = chosen_vmcs(session, address, text, index)
+    report = _report("vmcs dump", session, chosen, text)
+    for item in chosen:
+        shown = [value for value in shown_values(item.vmcs) if group is None or value.group in GROUPS[group]]
+        blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all)]
+        report.add(Group("vmcs", item.title, blocks, {"address": _hex(item.address)}))
+    return report
+
+
+@verb("vmcs get", "the value of some fields", Arg("field", "field", "name or encoding; several may follow", nargs="+"),
+      Opt("--at", "address", "physical address of the VMCS page (default: every one that a scan finds)"), TEXT, INDEX)
+def get(session: Session, field: List[str], at: Optional[int], text: Optional[str], index: Optional[int]) -> Report:
+    """Any source's name is understood (GUEST_RIP, VMCS_GUEST_RIP, "Guest RIP"), or the encoding (0x681e)."""
+    wanted = [vmcs_fields.find(name) for name in field]
+    chosen = chosen_vmcs(session, at, text, index)
+    report = _report("vmcs get", session, chosen, text)
+    for item in chosen:
+        # A field that this VMCS lacks is an error here, not a row: scripts rely on the exit status.
+        values = [item.vmcs.value(row.encoding) for row in wanted]
+        table = Table("fields", (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from")), wrap="meaning", headings=False)
+        for value in values:
+            shown = _shown(item.vmcs, value)
+            table.add(shown.name, hexa(shown.value, shown.digits), Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
+                      Value(shown.source, short_source(shown.source), "dim"))
+        report.add(Group("vmcs", item.title, [table], {"address": _hex(item.address)}))
+    return report
+
+
+@verb("vmcs layouts", "the page layouts that are known, or one of them field by field",
+      Arg("name", "text", "a layout's name, or a layout file", nargs="?"))
+def layouts(session: Session, name: Optional[str]) -> Report:
+    """No manual gives the layout of a VMCS page.  These are published or measured ones; --layout takes a file of the same form."""
+    from vtdbg.vmx import layouts as known
+
+    report = Report("vmcs layouts", python=["from vtdbg.vmx.layouts import layouts", "for name, layout in layouts().items():",
+                                            "    print(name, layout.revision_ids, len(layout.fields))"])
+    if name is None:
+        table = Table("layouts", (("id", "layout"), ("revisions", "revision"), ("fields", "fields"), ("access_rights", "access rights"), ("title", "of")),
+                      wrap="title")
+        for layout in known.layouts().values():
+            table.add(layout.id, text(" ".join(f"{number:#x}" for number in layout.revision_ids) or "any"), str(len(layout.fields)),
+                      layout.access_rights, layout.title)
+        report.add(table)
+        report.add(Lines("hint", [Value(None, "A revision id does not identify a layout: pages are recognised by content.", "dim")]))
+        return report
+    layout = find_layout(name)
+    facts = Pairs("layout", title=f"Layout {layout.id}: {layout.title}")
+    facts.add("revision_ids", "revision ids", ", ".join(f"{number:#x}" for number in layout.revision_ids) or "any")
+    facts.add("access_rights", "access rights", known.ACCESS_RIGHTS_FORMS[layout.access_rights])
+    facts.add("valid_for", "valid for", layout.valid_for)
+    report.add(facts)
+    for key, title, lines in (("sources", "Sources", layout.sources), ("caveats", "Caveats", layout.caveats)):
+        if lines:
+            report.add(Lines(key, list(lines), title=title, bullet="- "))
+    table = Table("fields", (("offset", "offset"), ("size", "size"), ("encoding", "encoding"), ("name", "field"), ("note", "note")))
+    for encoding, place in sorted(layout.fields.items(), key=lambda entry: entry[1].offset):
+        table.add(hexa(place.offset, 3), str(place.size), hexa(encoding, 4), vmcs_fields.find(encoding).name, text(place.note, "dim"))
+    report.add(table)
+    return report
+
+
+def _hex(number: Optional[int]) -> Optional[str]:
+    return None if number is None else f"{number:#x}"
+
+
+def _report(command: str, session: Session, chosen: List[VmcsAt], text: Optional[str]) -> Report:
+    """The frame that dump and get share: where from, how fresh, and the Python of it."""
+    report = Report(command, status=FINE)
+    if text is not None:
+        report.header = f"VMCS from text {text}"
+        report.python = ["import vtdbg", f"vmcs = vtdbg.Vmcs.from_text(open({text!r}).read())"]
+    else:
+        report.header = session.header()
+        report.notes = [*session.machine.warnings, STALE_VMCS]
+        report.python = session.python_open()
+        for item in chosen:
+            layout = item.vmcs.layout.id if item.vmcs.layout else None
+            report.python.append(f"vmcs = vtdbg.Vmcs.from_page(machine.memory.read_page({item.address:#x}), layout={layout!r})")
+    report.python += ["for name, value in vmcs.items():", "    print(name, hex(value))"]
+    return report
+
+
+def _head(item: VmcsAt) -> Pairs:
+    """What the page itself says, and why it is taken for what it is."""
+    vmcs, facts = item.vmcs, Pairs("page")
+    if vmcs.layout is not None:
+        facts.add("layout", "layout", vmcs.layout.id)
+    if vmcs.revision_id is not None:
+        facts.add("revision_id", "revision id", Value(f"{vmcs.revision_id:#x}", f"{vmcs.revision_id:#x}" + (" with bit 31: a shadow VMCS" if vmcs.shadow else "")))
+    if vmcs.abort_indicator is not None:
+        facts.add("abort_indicator", "abort indicator", hexa(vmcs.abort_indicator, style="bad" if vmcs.abort_indicator else ""))
+    if vmcs.launch_state is not None and vmcs.layout is not None:
+        facts.add("launch_state", "launch state", vmcs.layout.launch_state_name(vmcs.launch_state))
+    if item.found is not None:
+        facts.add("evidence", "evidence", item.found.summary)
+    for number, warning in enumerate(vmcs.warnings):
+        facts.add(f"warning{number or ''}", "note", text(warning, "warn"))
+    return facts
+
+
+def shown_values(vmcs: Vmcs) -> Iterator[Shown]:
+    """Every known value of the VMCS, in words, with what the gates say of it."""
+    return (_shown(vmcs, value) for value in vmcs.values())
+
+
+def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
+    field, gate = value.field, gate_of(vmcs, value.field)
+    unused = gate.used is False or (gate.used is None and value.value == 0)
+    return Shown(field.name, field.title, field.group, value.value, field.digits, value_in_words(field, value.value), value.source,
+                 why=gate.why if unused else "", note="" if unused else gate.why)
+
+
+def require_one(chosen: List[VmcsAt], what: str) -> VmcsAt:
+    """The only VMCS there is; UsageError that lists the addresses where there are several."""
+    if not chosen:
+        raise FormatError(what, "no VMCS")
+    if len(chosen) > 1:
+        raise UsageError(f"{what}: which VMCS? " + ", ".join(f"{item.address:#x}" for item in chosen if item.address is not None))
+    return chosen[0]
