@@ -14,9 +14,10 @@ from vtdbg.errors import UnknownName, UsageError
 from vtdbg.explain import Advice, Explanation, Fact, bit_facts, unique
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.names import near_names
-from vtdbg.vmx import advice, causes, events, instruction_info, qualification
+from vtdbg.vmx import advice, causes, events, guest_code, instruction_info, operands, qualification
 from vtdbg.vmx.events import Event
 from vtdbg.vmx.guest import Guest
+from vtdbg.vmx.guest_code import Code
 from vtdbg.vmx.instruction_info import InstructionInfo
 from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.x86.operand import MemoryOperand, Operand, RegisterOperand, memory_operand
@@ -49,6 +50,7 @@ class ExitReason:
     cause: str
     emulate: str
     see: str
+    mnemonics: Tuple[str, ...]
 
     @property
     def reserved(self) -> bool:
@@ -73,7 +75,8 @@ def reasons() -> Mapping[int, ExitReason]:
     found = {}
     for row in bits.read_rows("exit_reasons.csv"):
         number = int(row.pop("number"))
-        found[number] = ExitReason(number=number, aliases=tuple(row.pop("aliases").split()), **row)
+        found[number] = ExitReason(number=number, aliases=tuple(row.pop("aliases").split()),
+                                   mnemonics=tuple(row.pop("mnemonics").split()), **row)
     return found
 
 
@@ -131,7 +134,7 @@ def explain_vm_exit(reason: Union[int, str, None] = None, qualification: Optiona
     known = (vmcs if vmcs is not None else Vmcs.from_values({})).replaced({name: value for name, value in given.items() if value is not None})
     if known.get("VM_EXIT_REASON") is None:
         raise UsageError("no exit reason: give one, or a VMCS that has VM_EXIT_REASON")
-    return _Explainer(known, Guest(known, registers, memory)).explain()
+    return _Explainer(Guest(known, registers, memory, eptp)).explain()
 
 
 def explain_vmcs(vmcs: Vmcs, memory: Optional[PhysicalMemory] = None, registers: Optional[Mapping[str, Optional[int]]] = None) -> Explanation:
@@ -142,8 +145,9 @@ def explain_vmcs(vmcs: Vmcs, memory: Optional[PhysicalMemory] = None, registers:
 class _Explainer:
     """One exit: the numbers, each decoded once."""
 
-    def __init__(self, vmcs: Vmcs, guest: Guest) -> None:
-        self.vmcs, self.guest = vmcs, guest
+    def __init__(self, guest: Guest) -> None:
+        self.vmcs, self.guest = guest.vmcs, guest
+        vmcs = guest.vmcs
         self.word = vmcs["VM_EXIT_REASON"]
         self.number = self.word & 0xFFFF
         self.row = reasons().get(self.number)
@@ -154,6 +158,7 @@ class _Explainer:
         self.notes: List[str] = []
         self.stale: List[Fact] = []
         self.operand: Optional[Operand] = None
+        self.code: Optional[Code] = None
         self.summary = ""
 
     def _event(self, field: str, table: str) -> Optional[Event]:
@@ -173,12 +178,13 @@ class _Explainer:
             facts += self._instruction_facts(self.row)
             facts += self._event_facts()
             facts += self._entry_event_facts()
+            facts += self._code_facts(self.row)
         row = self.row
         if row is None:
             return Explanation("vmx", self.number, f"REASON{self.number}", "in no table", tuple(facts), notes=tuple(self.notes), known=False,
                                see="SDM vol. 3, appendix VMX Basic Exit Reasons")
         return Explanation("vmx", self.number, row.name, row.title, tuple(facts), unique(self._advice(row)), tuple(dict.fromkeys(self.notes)),
-                           tuple(self.stale), not row.reserved, row.see, self.summary, self.operand)
+                           tuple(self.stale), not row.reserved, row.see, self.summary, self.operand, self.code.instruction if self.code else None)
 
     def _reason_facts(self) -> Iterator[Fact]:
         group, source = "VM_EXIT_REASON", self.source("VM_EXIT_REASON")
@@ -287,6 +293,8 @@ class _Explainer:
             yield from instruction_info.facts(info, self.guest, self.source(name))
             self.operand = self._string_operand(info) if row.number == 30 else instruction_info.operand(info, self.qualification, self.guest)
             yield from self._operand_facts(info)
+            yield from operands.type_facts(info, self.guest)
+            yield from operands.contents(info, self.operand, self.guest)
         yield from self._length_facts(row)
 
     def _string_operand(self, info: InstructionInfo) -> Optional[Operand]:
@@ -316,6 +324,18 @@ class _Explainer:
             written = self.vmcs.get("GUEST_LINEAR_ADDRESS")
             if self.number == 30 and written is not None and found.linear is not None and written != found.linear:
                 self.notes.append(f"GUEST_LINEAR_ADDRESS is {written:#x}: the registers given are not those of the exit, or the segment is unusable")
+
+    def _code_facts(self, row: ExitReason) -> Iterator[Fact]:
+        if self.guest.memory is None or row.rip == "dead":
+            return
+        self.code = guest_code.at_rip(self.guest, self._length(), frozenset(row.mnemonics))
+        self.notes += self.code.notes
+        label = "next instruction" if row.rip in ("trap", "event") else "first instruction" if self.failed else "instruction"
+        found = self.code.instruction
+        if found is None:
+            yield Fact(label, None, f"not read: {self.code.problem}", group="code")
+        else:
+            yield Fact(label, found.address, f"{found} ({self.guest.mode_text()})", group="code")
 
     def _length_facts(self, row: ExitReason) -> Iterator[Fact]:
         name = "VM_EXIT_INSTRUCTION_LEN"
@@ -398,10 +418,13 @@ class _Explainer:
     def _advice(self, row: ExitReason) -> Iterator[Advice]:
         length = self._length()
         error = self.vmcs.get("VM_EXIT_INTR_ERROR_CODE") if self.event is not None and self.event.valid and self.event.error_code_valid else None
+        again = self.during if self._can_be_during_delivery() else None
         if self.failed:
             yield from self._failure_advice()
-        yield from advice.rip("failure" if self.failed else row.rip, self.guest, length, self.event, self.during, self.qualification)
-        again = self.during if self._can_be_during_delivery() else None
+        if self.code is not None and self.code.passed:
+            yield Advice("rip", "the VMM has advanced GUEST_RIP already: do not add the length again", advice.SEE_RIP)
+        else:
+            yield from advice.rip("failure" if self.failed else row.rip, self.guest, length, self.event, again, self.qualification)
         yield from advice.event(self.number, self.guest, self.event, error, again, self.vmcs.get("IDT_VECTORING_ERROR_CODE"),
                                 self.vmcs.get("VM_EXIT_INSTRUCTION_LEN"), self.qualification)
         yield from advice.shadow(row.rip, self.guest, self._nmi_unblocked(row), self.during)
@@ -423,7 +446,7 @@ class _Explainer:
         if self.number in areas:
             yield Advice("fix", areas[self.number], SEE_FAILURE)
         yield Advice("fix", "the guest has not run: the host was loaded as by a VM exit, the guest-state area and the other exit-information fields "
-                     "were not written, and the valid bit of VM_ENTRY_INTR_INFO_FIELD is still set", SEE_FAILURE)
+                     "were not written; the valid bit of VM_ENTRY_INTR_INFO_FIELD stays as it was", SEE_FAILURE)
 
 
 def explain_instruction_error(number: int) -> Explanation:
