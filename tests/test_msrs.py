@@ -25,7 +25,7 @@ def test_names_of_linux_intel_and_amd(name: str, index: int) -> None:
 def test_several_meanings_of_an_index_are_kept() -> None:
     """0x186 is a Pentium 4's MCG register in one source and PERFEVTSEL0 in the others."""
     names = msrs.find(0x186).names
-    assert "IA32_PERFEVTSEL0" == names[0] and any("MCG" in name for name in names)
+    assert names[0] == "IA32_PERFEVTSEL0" and any("MCG" in name for name in names)
 
 
 def test_a_shown_name_wins_over_an_alias() -> None:
