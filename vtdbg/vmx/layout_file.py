@@ -95,7 +95,8 @@ class _LayoutFile:
     """One layout file while it is being checked: every complaint names the file."""
 
     def __init__(self, path: str, content: Any) -> None:
-        self.path, self.content = path, self._object("the file", content)
+        self.path = path
+        self.content = self._object("the file", content)
 
     def layout(self) -> Layout:
         content = self.content

@@ -213,15 +213,16 @@ def decode_page(page: bytes, layout: "Union[str, Layout, Path, None]" = None, so
         return _decode_as(page, find_layout(layout), source, extra)
     found = candidates(page, extra)
     if is_empty(page):
-        return _empty(page, found, source)
+        return _empty(page, found, source, extra)
     if not found:
         raise _no_layout(page, source, extra)
-    return decode_candidates(page, found, source)
+    too_short = ", ".join(f"{item.id} needs {item.extent}" for item in layouts_for(header_words(page)[0], extra) if item.extent > len(page))
+    return decode_candidates(page, found, source, f"the page has {len(page)} bytes and layout {too_short}" if too_short else "")
 
 
-def decode_candidates(page: bytes, found: Sequence[Candidate], source: str) -> Vmcs:
-    """`decode_page` with candidates that are already ranked (at least one)."""
-    best = _choose(page, found, source)
+def decode_candidates(page: bytes, found: Sequence[Candidate], source: str, hint: str = "") -> Vmcs:
+    """`decode_page` with candidates that are already ranked (at least one); `hint` is said where none of them fits."""
+    best = _choose(page, found, source, hint)
     equals = ", ".join(item.layout.id for item in found if item is not best and item.fits and _same_values(page, best.layout, item.layout))
     warnings = [f"the content does not tell layout {best.layout.id} from {equals}: they decode this page to the same values"] if equals else []
     return _decoded(page, best.layout, source, found, warnings)
@@ -241,7 +242,7 @@ def _decode_as(page: bytes, wanted: Layout, source: str, extra: Sequence[Layout]
     if len(page) < wanted.extent:
         raise FormatError(source, f"{len(page)} bytes are too short for layout {wanted.id}, which needs {wanted.extent}")
     if is_empty(page):
-        return _empty(page, [Candidate(wanted, 0, ())], source, wanted)
+        return _empty(page, [Candidate(wanted, 0, ())], source, extra)
     revision = header_words(page)[0]
     given = score_page(page, wanted)
     warnings = []
@@ -264,11 +265,14 @@ def _no_layout(page: bytes, source: str, extra: Sequence[Layout]) -> FormatError
     return FormatError(source, _unknown_revision(revision, extra))
 
 
-def _choose(page: bytes, found: Sequence[Candidate], source: str) -> Candidate:
+def _choose(page: bytes, found: Sequence[Candidate], source: str, hint: str) -> Candidate:
     best = found[0]
     if not best.fits:
-        raise FormatError(source, f"no layout with revision identifier {header_words(page)[0]:#x} fits the content ({_scores(found)}; {FITS} points "
-                                  "are needed): not a VMCS, or name the layout with --layout")
+        revision = header_words(page)[0]
+        seen = _unpublished(revision)
+        why = hint or (f"it is also that of {seen}" if seen else "not a VMCS")
+        raise FormatError(source, f"no layout with revision identifier {revision:#x} fits the content ({_scores(found)}; {FITS} points are needed): "
+                                  f"{why}, or name the layout with --layout NAME|FILE")
     close = [item for item in found[1:] if item.fits and item.score >= best.score * (1 - _MARGIN)]
     rivals = [item for item in close if not _same_values(page, best.layout, item.layout)]
     if rivals:
@@ -278,11 +282,16 @@ def _choose(page: bytes, found: Sequence[Candidate], source: str) -> Candidate:
 
 
 def _unknown_revision(revision: int, extra: Sequence[Layout]) -> str:
-    seen = next((row for row in index() if not row.layout and revision in row.revision_ids), None)
-    if seen is not None:
-        return f"revision identifier {revision:#x} is that of {seen.title}; give a layout of your own with --layout FILE"
+    seen = _unpublished(revision)
+    if seen:
+        return f"revision identifier {revision:#x} is that of {seen}; give a layout of your own with --layout FILE"
     known = sorted({*revision_ids(), *(number for item in extra for number in item.revision_ids)})
     return f"no layout has the revision identifier {revision:#x} (known: {_hex_list(known)}): not a VMCS, or choose with --layout NAME|FILE"
+
+
+def _unpublished(revision: int) -> str:
+    """The processors that were seen with this revision identifier and whose layout nobody published; empty for none."""
+    return next((row.title for row in index() if not row.layout and revision in row.revision_ids), "")
 
 
 def _hex_list(numbers: Sequence[int]) -> str:
@@ -328,14 +337,14 @@ def _launch(page: bytes, layout: Layout) -> Optional[int]:
     return None if layout.launch_state is None else _at(page, layout.launch_state)
 
 
-def _empty(page: bytes, found: Sequence[Candidate], source: str, wanted: Optional[Layout] = None) -> Vmcs:
+def _empty(page: bytes, found: Sequence[Candidate], source: str, extra: Sequence[Layout]) -> Vmcs:
     """No value: zeros that no processor has stored are not the fields' values."""
     revision, shadow, abort = header_words(page)
     if not found and revision == 0:
         raise FormatError(source, "the page holds only zeros: not a VMCS")
     if not found:
-        raise FormatError(source, _unknown_revision(revision, ()))
-    chosen = wanted or (found[0].layout if len(found) == 1 else None)
+        raise _no_layout(page, source, extra)
+    chosen = found[0].layout if len(found) == 1 else None
     warning = (f"the page holds nothing except its header (revision identifier {revision:#x}): a VMXON region, or a VMCS that has not been "
                "written back to memory; its fields are unknown, not 0")
     return Vmcs({}, source, layout=chosen, candidates=found, revision_id=revision, shadow=shadow, abort_indicator=abort,
