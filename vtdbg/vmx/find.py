@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
@@ -136,7 +137,7 @@ def _links(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
         target = item.vmcs.get("VMCS_LINK_POINTER")
         if target in shadows and not item.vmcs.shadow:
             _say(said, item.address, f"its link pointer names the shadow VMCS at {target:#x}")
-            _say(said, target or 0, f"shadow VMCS of {item.address:#x}")
+            _say(said, target or 0, f"the link pointer of {item.address:#x} names it")
 
 
 def _same_vpid(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
@@ -164,21 +165,21 @@ def _same_guest(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
 
 
 def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemory, said: Dict[int, List[str]]) -> None:
-    searched = complete = True
-    homes: Dict[int, List[str]] = {}
-    roots = sorted({(item.vmcs.get("EPT_POINTER") or 0, item.address) for item in known if not item.software and not item.vmcs.shadow})
-    for eptp, address in roots:
-        if eptp >> 3 & 7 == 3:
-            pages, complete_here = find_in_ept(memory, eptp, wanted)
-            complete = complete and complete_here
-            for page, gpa in pages.items():
-                homes.setdefault(page, []).append(f"guest page {gpa:#x} of the VM of {address:#x}")
-    searched = any(eptp for eptp, _ in roots)
-    for page in sorted(wanted):
-        for words in homes.get(page, ()):
-            _say(said, page, words)
-        if page not in homes and searched and complete and any(item.address == page for item in known):
-            _say(said, page, "in no guest's memory: the hypervisor's own copy")
+    mapped: Set[int] = set()
+    searched = []
+    for item in known:
+        eptp = item.vmcs.get("EPT_POINTER")
+        if item.software or item.vmcs.shadow or not eptp or eptp >> 3 & 7 != 3:
+            continue
+        pages, complete = find_in_ept(memory, eptp, wanted)
+        searched.append(complete)
+        for page, gpa in pages.items():
+            mapped.add(page)
+            _say(said, page, f"guest page {gpa:#x} of the VM of {item.address:#x}")
+    if searched and all(searched):
+        for item in known:
+            if item.software and item.address not in mapped:
+                _say(said, item.address, "in no guest's memory (EPTs of the VMCSs found): taken for the hypervisor's own copy")
 
 
 _TABLE_LIMIT = 8192
@@ -191,11 +192,11 @@ def find_in_ept(memory: PhysicalMemory, eptp: int, wanted: Set[int], limit: int 
     Reads at most `limit` tables.  Entries that cannot be read and misconfigured ones (writable, not readable) are passed over.
     """
     found: Dict[int, int] = {}
-    tables = [(eptp & _EPT_ADDRESS, 4, 0)]
+    tables = deque([(eptp & _EPT_ADDRESS, 4, 0)])
     seen: Set[Tuple[int, int]] = set()
     complete = True
     while tables:
-        table, level, base = tables.pop()
+        table, level, base = tables.popleft()
         if (table, level) in seen:
             continue
         if len(seen) >= limit:
