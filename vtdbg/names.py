@@ -13,5 +13,8 @@ def near_names(name: object, known: Iterable[str], limit: int = 3) -> Tuple[str,
     upper = {item.upper(): item for item in candidates}
     inside = [item for key, item in upper.items() if len(wanted) > 2 and (wanted in key or key in wanted and len(key) > 3)]
     inside.sort(key=lambda item: abs(len(item) - len(wanted)))
-    similar = [upper[key] for key in difflib.get_close_matches(wanted, upper, n=limit, cutoff=0.6)]
+    close = difflib.get_close_matches(wanted, upper, n=limit, cutoff=0.6)
+    # Swapped letters are the commonest slip, and no worse a match for difflib than another letter.
+    close.sort(key=lambda key: sorted(key) != sorted(wanted))
+    similar = [upper[key] for key in close]
     return tuple(dict.fromkeys(similar[:1] + inside + similar))[:limit]

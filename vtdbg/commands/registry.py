@@ -67,6 +67,7 @@ GROUPS: Mapping[str, str] = {
     "ept": "EPT: where a guest-physical address goes",
     "npt": "NPT: the same for AMD",
     "gva": "guest-virtual addresses through both dimensions",
+    "exit": "VM exits: what they mean and what to do",
     "source": "what the dump or the target is",
 }
 
@@ -129,7 +130,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse that raises UsageError instead of ending the process: a debugger must survive a typo."""
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 @cache

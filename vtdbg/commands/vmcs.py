@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from vtdbg.commands.records import Shown, group_tables, in_words, short_source
 from vtdbg.commands.registry import Arg, Opt, verb
@@ -100,10 +100,10 @@ def layouts(session: Session, name: Optional[str]) -> Report:
     report = Report("vmcs layouts", python=["from vtdbg.vmx.layouts import layouts", "for name, layout in layouts().items():",
                                             "    print(name, layout.revision_ids, len(layout.fields))"])
     if name is None:
-        table = Table("layouts", (("id", "layout"), ("revisions", "revision"), ("fields", "fields"), ("access_rights", "access rights"), ("title", "of")),
+        table = Table("layouts", (("id", "layout"), ("revisions", "revision"), ("fields", "fields"), ("access_rights", "rights"), ("title", "of")),
                       wrap="title")
         for layout in known.layouts().values():
-            table.add(layout.id, text(" ".join(f"{number:#x}" for number in layout.revision_ids) or "any"), str(len(layout.fields)),
+            table.add(layout.id, _revisions(layout.revision_ids), str(len(layout.fields)),
                       layout.access_rights, layout.title)
         report.add(table)
         report.add(Lines("hint", [Value(None, "A revision id does not identify a layout: pages are recognised by content.", "dim")]))
@@ -122,6 +122,12 @@ def layouts(session: Session, name: Optional[str]) -> Report:
         table.add(hexa(place.offset, 3), str(place.size), hexa(encoding, 4), vmcs_fields.find(encoding).name, text(place.note, "dim"))
     report.add(table)
     return report
+
+
+def _revisions(numbers: Sequence[int]) -> Value:
+    """The revision ids in JSON, the first of them in text."""
+    words = [f"{number:#x}" for number in numbers]
+    return Value(words, (words[0] + (f" +{len(words) - 1}" if len(words) > 1 else "")) if words else "any")
 
 
 def _hex(number: Optional[int]) -> Optional[str]:
