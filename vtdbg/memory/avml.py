@@ -136,7 +136,9 @@ def _walk_frames(source: ByteSource, at: int, address: int, end: int, frames: _F
             raise source.error(f"a snappy frame of unknown type {kind:#x}: the file is damaged", at)
         at += 4 + size
     trailer = source.slice(at, _TRAILER.size)
-    if len(trailer) == _TRAILER.size and _TRAILER.unpack(trailer)[0] != at - begin:
+    if len(trailer) < _TRAILER.size:
+        warnings.append(f"the file is cut: it ends inside the trailer of the range that ends at {end:#x}; later ranges, if any, are missing")
+    elif _TRAILER.unpack(trailer)[0] != at - begin:
         raise source.error(f"the snappy stream of a range has {at - begin:#x} bytes, its trailer says {_TRAILER.unpack(trailer)[0]:#x}: "
                            "the file is damaged", at)
     return at + _TRAILER.size

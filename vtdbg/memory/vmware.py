@@ -50,6 +50,7 @@ class State(NamedTuple):
     regions: List[Tuple[int, int, int]]          # (physical page, page in the image, number of pages)
     memory: Optional[Tuple[int, int]]            # (offset, size) of the memory inside this file
     cpus: List[Cpu]
+    warnings: List[str]
 
 
 def recognise(header: bytes, path: str) -> bool:
@@ -95,7 +96,7 @@ def _machine(image: ByteSource, state: State, offset: int, size: int, state_path
     runs, twice = settle_runs(stored)
     total = sum(length for _, length, _ in runs)
     lost = sum(length for _, length, _ in named) - sum(length for _, length, _ in stored)
-    warnings: List[str] = []
+    warnings = list(state.warnings)
     if lost:
         warnings.append(f"the image is cut: {size_text(lost)} of {size_text(total + lost)} of memory are missing; reads of them fail")
     if twice:
@@ -116,11 +117,15 @@ def read_state(source: ByteSource) -> State:
         raise source.error(f"{count} groups do not fit into the file of {source.size:#x} bytes; the copy is cut or the header lies", 8)
     values: Dict[str, Dict[int, int]] = {"regionPPN": {}, "regionPageNum": {}, "regionSize": {}}
     regions, memory = None, None
+    warnings: List[str] = []
     registers: Dict[int, Dict[str, int]] = {}
     for number in range(count):
         name, offset, size = source.unpack(_GROUP, _HEADER.size + number * _GROUP.size, "the list of groups")
         group = name.split(b"\0")[0]
         if group not in (b"memory", b"cpu"):
+            continue
+        if group == b"cpu" and offset >= source.size:
+            warnings.append("the file is cut before the group of the processors: their registers are missing")
             continue
         for tag in _tags(source, offset):
             if group == b"cpu":
@@ -134,7 +139,13 @@ def read_state(source: ByteSource) -> State:
                                    tag.offset)
             elif tag.name == "Memory" and tag.block:
                 memory = tag.offset, tag.size
-    return State(_regions(source, regions or 0, values), memory, [Cpu(n, registers[n], "VMware state, group cpu") for n in sorted(registers)])
+                if tag.offset + tag.size > source.size:
+                    # Nothing of this group is left behind the image; without the regions the image cannot be placed.
+                    if regions is None:
+                        raise source.error("the file is cut inside the image of memory, before the list of its regions", tag.offset)
+                    break
+    cpus = [Cpu(n, registers[n], "VMware state, group cpu") for n in sorted(registers)]
+    return State(_regions(source, regions or 0, values), memory, cpus, warnings)
 
 
 def _regions(source: ByteSource, count: int, values: "Dict[str, Dict[int, int]]") -> List[Tuple[int, int, int]]:
