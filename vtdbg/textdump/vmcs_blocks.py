@@ -1,0 +1,589 @@
+"""KVM's dump_vmcs and Xen's vmcs_dump_vcpu: three blocks of phrases, many of which are the same for the guest and the host.
+
+Formats: Linux arch/x86/kvm/vmx/vmx.c, dump_vmcs, 4.4 to 6.18; Xen xen/arch/x86/hvm/vmx/vmcs.c, vmcs_dump_vcpu, 4.2 to 4.20.
+
+"EFER= 0x0000000000000d01" does not say whose EFER it is.  Each phrase has a place in the order of printing; what stands in both blocks
+is given to the block that its neighbours show, and to none where they do not.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+
+from vtdbg.textdump.lines import Line, Lines, is_gap, shown, word_set
+from vtdbg.textdump.model import Builder, TextDump, in_field_order
+from vtdbg.textdump.phrases import Item, Match, Phrase, Record, Table, phrase, scan_joined, shape, table
+
+KVM, XEN = "KVM dump_vmcs", "Xen vmcs_dump_vcpu"
+GUEST, HOST, CONTROL = 0, 1, 2
+HEADERS = {"guest": GUEST, "host": HOST, "control": CONTROL}
+
+FARTHEST = 200
+"""Lines without a word of the dump after which it is over."""
+
+Place = Tuple[int, int, str]
+"""(block, position in the order of printing, prefix of the field name)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A phrase, where it may stand, and whether every kernel prints it."""
+
+    phrase: Phrase
+    places: Tuple[Place, ...]
+
+
+def _segment(name: str, position: int) -> List[Row]:
+    low, high = name.lower(), f"GUEST_{name}_"
+    return [
+        _row(f"segment.{low}", f"{name}: sel=[0x]{{{high}SELECTOR:4}}, attr=[0x]{{{high}AR_BYTES:5}}, limit=[0x]{{{high}LIMIT:8}}, "
+                               f"base=[0x]{{{high}BASE:16}}", weak=True, guest=position),
+        _row(f"xen-segment.{low}", f"{name}: {{{high}SELECTOR:4!}} {{{high}AR_BYTES:5!}} {{{high}LIMIT:8!}} {{{high}BASE:16!}}", weak=True,
+             guest=position),
+    ]
+
+
+def _table_register(name: str, position: int) -> List[Row]:
+    low, high = name.lower(), f"GUEST_{name}_"
+    return [_row(f"table.{low}", f"{name}: limit=[0x]{{{high}LIMIT:8}}, base=[0x]{{{high}BASE:16}}", weak=True, guest=position),
+            _row(f"xen-table.{low}", f"{name}: {{{high}LIMIT:8!}} {{{high}BASE:16!}}", weak=True, guest=position)]
+
+
+def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False, guest: Optional[int] = None, host: Optional[int] = None,
+         control: Optional[int] = None, late_host: Optional[int] = None) -> Row:
+    places: List[Place] = []
+    if guest is not None:
+        places.append((GUEST, guest, "GUEST_"))
+    if host is not None:
+        places.append((HOST, host, "HOST_"))
+    if control is not None:
+        places.append((CONTROL, control, ""))
+    if late_host is not None:
+        places.append((CONTROL, late_host, "HOST_"))
+    return Row(phrase(identifier, form, strong=not weak, symbol=symbol), tuple(places))
+
+
+def _rows() -> Iterator[Row]:
+    """Every phrase.  A slot whose name begins with "_" is the rest of a field name: the place gives GUEST_ or HOST_."""
+    for register, position in (("CR0", 1), ("CR4", 2)):
+        yield _row(f"{register.lower()}", f"{register}: actual=[0x]{{GUEST_{register}:16}}, shadow=[0x]{{{register}_READ_SHADOW:16}}, "
+                                          f"gh_mask=[0x]{{{register}_GUEST_HOST_MASK:16}}", guest=position)
+    yield _row("cr3", "CR3 = 0x{GUEST_CR3:16}", weak=True, guest=3)
+    yield _row("xen-old.cr3", "CR3: actual=[0x]{GUEST_CR3:16}, target_count={CR3_TARGET_COUNT:d}", guest=3)
+    yield _row("xen-old.target0", "target0=[0x]{CR3_TARGET_VALUE0:16}, target1=[0x]{CR3_TARGET_VALUE1:16}", guest=3)
+    yield _row("xen-old.target2", "target2=[0x]{CR3_TARGET_VALUE2:16}, target3=[0x]{CR3_TARGET_VALUE3:16}", guest=3)
+    for number in range(4):
+        yield _row(f"pdptr{number}", f"PDPTR{number} = [0x]{{GUEST_PDPTR{number}:16}}", guest=4)
+        yield _row(f"pdpte{number}", f"PDPTE{number} = [0x]{{GUEST_PDPTR{number}:16}}", guest=4)
+    yield _row("rsp", "RSP = 0x{_RSP:16}", weak=True, guest=5, host=41)
+    yield _row("rip", "RIP = 0x{_RIP:16}", weak=True, symbol=True, guest=6, host=41)
+    # Xen prints the field and, in parentheses, the register as it has it now: the field counts.
+    yield _row("xen.rsp", "RSP = 0x{GUEST_RSP:16} (0x{now.rsp:16})", guest=5)
+    yield _row("xen.rip", "RIP = 0x{GUEST_RIP:16} (0x{now.rip:16})", guest=6)
+    yield _row("rflags", "RFLAGS=0x{GUEST_RFLAGS:8}", weak=True, guest=7)
+    yield _row("xen.rflags", "RFLAGS=0x{GUEST_RFLAGS:8|16} (0x{now.rflags:8|16})", guest=7)
+    yield _row("dr7", "DR7 = 0x{GUEST_DR7:16}", weak=True, guest=8)
+    yield _row("sysenter", "Sysenter RSP=[0x]{_SYSENTER_ESP:16} CS:RIP=[0x]{_SYSENTER_CS:4}:{_SYSENTER_EIP:16}", guest=9, host=47)
+    for position, name in enumerate(("CS", "DS", "SS", "ES", "FS", "GS"), 10):
+        yield from _segment(name, position)
+    yield from _table_register("GDTR", 16)
+    yield from _segment("LDTR", 17)
+    yield from _table_register("IDTR", 18)
+    yield from _segment("TR", 19)
+    yield _row("efer", "EFER= 0x{_IA32_EFER:16}", weak=True, guest=20, host=48)
+    yield _row("xen.efer", "EFER(VMCS) = 0x{GUEST_IA32_EFER:16}", guest=20)
+    yield _row("xen.efer-list", "EFER(MSR LL) = 0x{efer.list:16}", guest=20)
+    yield _row("pat", "PAT = 0x{_IA32_PAT:16}", weak=True, guest=21, host=49)
+    yield _row("xen-old.guest-pat", "Guest PAT = 0x{GUEST_IA32_PAT:16}", guest=21)
+    yield _row("xen-old.host-pat", "Host PAT = 0x{HOST_IA32_PAT:16}", host=49)
+    yield _row("preemption", "PreemptionTimer = [0x]{VMX_PREEMPTION_TIMER_VALUE:8}", guest=22)
+    yield _row("smbase", "SM Base = [0x]{GUEST_SMBASE:8}", guest=23)
+    yield _row("debugctl", "DebugCtl = [0x]{GUEST_IA32_DEBUGCTL:16}", guest=24)
+    yield _row("debugexceptions", "DebugExceptions = [0x]{GUEST_PENDING_DBG_EXCEPTIONS:16}", guest=25)
+    yield _row("perfglobctl", "PerfGlobCtl = [0x]{_IA32_PERF_GLOBAL_CTRL:16}", guest=26, host=50)
+    yield _row("bndcfgs", "BndCfgS = [0x]{GUEST_BNDCFGS:16}", guest=27)
+    yield _row("interruptibility", "Interruptibility = [0x]{GUEST_INTERRUPTIBILITY_INFO:8}", guest=28)
+    yield _row("activity", "ActivityState = [0x]{GUEST_ACTIVITY_STATE:8}", guest=29)
+    yield _row("xen-old.interruptibility", "Interruptibility={GUEST_INTERRUPTIBILITY_INFO:4!} ActivityState={GUEST_ACTIVITY_STATE:4!}", guest=28)
+    yield _row("intrstatus", "InterruptStatus = [0x]{GUEST_INTR_STATUS:4}", guest=30)
+    yield _row("deadline.phy", "DeadlinePhy = [0x]{GUEST_DEADLINE_PHY:16}", guest=31)
+    yield _row("deadline.vir", "DeadlineVir = [0x]{GUEST_DEADLINE_VIR:16}", guest=31)
+    yield _row("apictimer", "GuestApicTimerVector = [0x]{GUEST_APIC_TIMER_VECTOR:4}", guest=31)
+    yield _row("spec_ctrl", "SPEC_CTRL mask = [0x]{SPEC_CTRL_MASK:16} shadow = [0x]{SPEC_CTRL_SHADOW:16}", guest=31)
+    # Some vendors' kernels print the host's CET state after the controls.
+    yield _row("s_cet", "S_CET = [0x]{_S_CET:16}", guest=32, host=52, late_host=95)
+    yield _row("ssp", "SSP = 0x{_SSP:16}", weak=True, guest=32, host=52, late_host=95)
+    yield _row("ssp-table", "SSP TABLE = [0x]{_INTR_SSP_TABLE:16}", guest=32, host=52, late_host=95)
+    yield _row("ssp-table-2", "INTR SSP TABLE = [0x]{_INTR_SSP_TABLE:16}", guest=32, host=52, late_host=95)
+
+    for identifier, order in (("host.selectors", "CS SS DS ES FS GS TR"), ("xen-old.host.selectors", "CS DS ES FS GS SS TR")):
+        yield _row(identifier, " ".join(f"{name}={{HOST_{name}_SELECTOR:4}}" for name in order.split()), weak=True, host=43)
+    yield _row("host.bases", "FSBase=[0x]{HOST_FS_BASE:16} GSBase=[0x]{HOST_GS_BASE:16} TRBase=[0x]{HOST_TR_BASE:16}", host=44)
+    yield _row("host.tables", "GDTBase=[0x]{HOST_GDTR_BASE:16} IDTBase=[0x]{HOST_IDTR_BASE:16}", host=45)
+    yield _row("host.cr", "CR0={HOST_CR0:16} CR3={HOST_CR3:16} CR4={HOST_CR4:16}", weak=True, host=46)
+
+    yield _row("pinbased", "PinBased=[0x]{PIN_BASED_VM_EXEC_CONTROL:8}", control=61)
+    yield _row("cpubased", "CPUBased=[0x]{CPU_BASED_VM_EXEC_CONTROL:8}", control=61)
+    yield _row("secondary", "SecondaryExec=[0x]{SECONDARY_VM_EXEC_CONTROL:8}", control=61)
+    yield _row("tertiary", "TertiaryExec=[0x]{TERTIARY_VM_EXEC_CONTROL:16}", control=61)
+    yield _row("entry", "EntryControls=[0x]{VM_ENTRY_CONTROLS:8}", control=61)
+    yield _row("exit", "ExitControls=[0x]{VM_EXIT_CONTROLS:8}", control=61)
+    yield _row("exit2", "SecondaryExitControls=[0x]{SECONDARY_VM_EXIT_CONTROLS:16}", control=61)
+    yield _row("exceptions", "ExceptionBitmap=[0x]{EXCEPTION_BITMAP:8}", control=62)
+    yield _row("pfecmask", "PFECmask=[0x]{PAGE_FAULT_ERROR_CODE_MASK:8}", control=62)
+    yield _row("pfecmatch", "PFECmatch=[0x]{PAGE_FAULT_ERROR_CODE_MATCH:8}", control=62)
+    yield _row("vmentry", "VMEntry: intr_info=[0x]{VM_ENTRY_INTR_INFO_FIELD:8} errcode=[0x]{VM_ENTRY_EXCEPTION_ERROR_CODE:8} "
+                          "ilen=[0x]{VM_ENTRY_INSTRUCTION_LEN:8}", control=63)
+    yield _row("vmexit", "VMExit: intr_info=[0x]{VM_EXIT_INTR_INFO:8} errcode=[0x]{VM_EXIT_INTR_ERROR_CODE:8} "
+                         "ilen=[0x]{VM_EXIT_INSTRUCTION_LEN:8}", control=64)
+    yield _row("reason", "reason=[0x]{VM_EXIT_REASON:8} qualification=[0x]{EXIT_QUALIFICATION:16}", control=65)
+    yield _row("idtvectoring", "IDTVectoring: info=[0x]{IDT_VECTORING_INFO_FIELD:8} errcode=[0x]{IDT_VECTORING_ERROR_CODE:8}", control=66)
+    # Xen 4.2 prints the TSC offset among the guest's state; its label is its own, so its place does not matter.
+    yield _row("tscoffset", "TSC Offset = [0x]{TSC_OFFSET:16}")
+    yield _row("tscmultiplier", "TSC Multiplier = [0x]{TSC_MULTIPLIER:16}", control=68)
+    yield _row("svirvi", "SVI|RVI = {svi:2}|{rvi:2}", control=69)
+    yield _row("tpr", "TPR Threshold = [0x]{TPR_THRESHOLD:2}", control=69)
+    yield _row("apicaccess", "APIC-access addr = [0x]{APIC_ACCESS_ADDR:16}", control=70)
+    yield _row("virtapic", "virt-APIC addr = [0x]{VIRTUAL_APIC_PAGE_ADDR:16}", control=70)
+    yield _row("postedvector", "PostedIntrVec = [0x]{POSTED_INTR_NV:2}", control=71)
+    yield _row("eptp", "EPT pointer = [0x]{EPT_POINTER:16}", control=72)
+    yield _row("eptpindex", "EPTP index = [0x]{EPTP_INDEX:4}", control=72)
+    for number in range(4):
+        yield _row(f"target{number}", f"CR3 target{number}=[0x]{{CR3_TARGET_VALUE{number}:16}}", control=73)
+        yield _row(f"target{number}b", f"target{number}=[0x]{{CR3_TARGET_VALUE{number}:16}}", weak=True, control=73)
+    yield _row("ple", "PLE Gap=[0x]{PLE_GAP:8} Window=[0x]{PLE_WINDOW:8}", control=74)
+    yield _row("vpid", "Virtual processor ID = [0x]{VIRTUAL_PROCESSOR_ID:4}", control=75)
+    yield _row("vmfunc", "VMfunc controls = [0x]{VM_FUNCTION_CONTROL:16}", control=75)
+    yield _row("ve", "VE info address = [0x]{VE_INFORMATION_ADDRESS:16}", control=76)
+    yield _row("ve_info", "ve_info: [0x]{ve.reason:8!} [0x]{ve.delivery:8!} [0x]{ve.qualification:16!} [0x]{ve.gla:16!} [0x]{ve.gpa:16!} "
+                          "[0x]{ve.eptp_index:4!}", control=77)
+
+
+ALWAYS = frozenset((1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 24, 25, 28, 29, 40, 41, 43, 44, 45, 46, 47, 60, 61))
+"""Positions that every version prints, the headers of the host (40) and the controls (60) included."""
+HEADER_POSITION = {GUEST: 0, HOST: 40, CONTROL: 60}
+
+XEN_FAIL_ZERO = frozenset(("TSC_MULTIPLIER", "POSTED_INTR_NV", "EPTP_INDEX", "VM_FUNCTION_CONTROL", "VMX_PREEMPTION_TIMER_VALUE", "GUEST_BNDCFGS",
+                           "GUEST_IA32_PERF_GLOBAL_CTRL", "HOST_IA32_PERF_GLOBAL_CTRL", "GUEST_IA32_EFER", "HOST_IA32_EFER", "GUEST_IA32_PAT",
+                           "HOST_IA32_PAT", "TPR_THRESHOLD", "SPEC_CTRL_MASK", "SPEC_CTRL_SHADOW"))
+"""Fields that a processor can lack and that Xen prints all the same: its VMREAD gives 0 where the instruction fails."""
+
+
+@cache
+def _places() -> Mapping[str, Row]:
+    return {row.phrase.id: row for row in _rows()}
+
+
+@cache
+def phrases() -> Table:
+    return table([row.phrase for row in _places().values()])
+
+
+_HEADER = re.compile(r"\*{2,}\s*(guest|host|control) state\b", re.IGNORECASE)
+_AREA = re.compile(r"\*{3,} ?VMCS Areas? ?\*{3,}", re.IGNORECASE)
+_POINTER = re.compile(r"\bVMCS ((?:0x)?[0-9a-f]{6,16}|\(____ptrval____\)|\(null\)), last attempted VM-entry on CPU (\d{1,5})(?!\d)", re.IGNORECASE)
+_DOMAIN = re.compile(r">>> ?Domain (\d{1,5}) ?<<<", re.IGNORECASE)
+_VCPU = re.compile(r"^VCPU (\d{1,5})$", re.IGNORECASE)
+_HEADING = re.compile(r"^sel attr limit base$|^\*{6,}$", re.IGNORECASE)
+_MSR_LIST = re.compile(r"^MSR ([a-z]+(?: [a-z]+)?):?$", re.IGNORECASE)
+_MSR = re.compile(r"^\d{1,3}:? msr=0x([0-9a-f]{8}) value=0x([0-9a-f]{16})$", re.IGNORECASE)
+_ENTRY_ERROR = re.compile(r"\bVM(LAUNCH|RESUME) error: ?0x([0-9a-f]{1,2})$", re.IGNORECASE)
+_FAILURE = re.compile(r"vmentry failure|failed vm ?entry|caused by (?:invalid guest state|MSR|machine check)|VM-?entry fail", re.IGNORECASE)
+_CONTEXT = re.compile(r"\bCONTEXT: (hvm guest|pv guest|hypervisor)\b")
+_GPR = re.compile(r"\b(r[a-ds][xpi]|r8|r9|r1[0-5]): ([0-9a-f]{16})(?![0-9A-Za-z_])")
+"""Xen's registers, in small letters; a Linux oops prints its own in capitals."""
+
+KEYWORDS = word_set("""
+    guest host control vmcs msr vmlaunch vmresume vmentry entry domain vcpu rax rdx rbp r9 r12 r15 context
+    cr0 cr3 cr4 rsp rip rflags dr7 sysenter cs ds ss es fs gs gdtr ldtr idtr tr efer pat pdptr0 pdptr1 pdptr2 pdptr3 pdpte0 pdpte1 pdpte2 pdpte3
+    preemptiontimer sm debugctl debugexceptions perfglobctl bndcfgs interruptibility activitystate interruptstatus
+    deadlinephy deadlinevir guestapictimervector spec_ctrl s_cet ssp intr fsbase gdtbase gsbase trbase idtbase
+    pinbased cpubased secondaryexec tertiaryexec entrycontrols exitcontrols secondaryexitcontrols exceptionbitmap
+    pfecmask pfecmatch vmexit reason idtvectoring tsc svi tpr apic virt postedintrvec ept eptp ple virtual
+    vmfunc ve ve_info suppressed target0 target1 target2 target3 targets
+""")
+"""Lower-case words one of which stands in every line that can matter."""
+
+
+@dataclass
+class Event:
+    """Something understood: a header, a phrase, an MSR entry, a gap.  `anchor` is the place that is beyond doubt."""
+
+    line: int
+    what: str
+    anchor: Optional[Tuple[int, int]] = None
+    match: Optional[Match] = None
+    lines: Mapping[int, int] = field(default_factory=dict)
+    """Line of each item, by the item's offset."""
+    data: Tuple[str, ...] = ()
+    rip_first: bool = False
+
+
+def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
+    """What is understood of the candidate lines, in order."""
+    events: List[Event] = []
+    records: List[Tuple[Record, List[int], int]] = []
+    shapes: Set[str] = set()
+    done = 0
+    gaps: List[Tuple[int, str]] = []
+    for number in numbers:
+        if number <= done:
+            continue
+        line = lines.line(number)
+        plain = _plain_events(line)
+        if plain:
+            events.extend(plain)
+            done = number
+            continue
+        follow = _Follow(lines, number)
+        record, starts = scan_joined(phrases(), line.text, follow.next, lines.ends_cut and number == lines.last)
+        if record.matches:
+            records.append((record, starts, number))
+            if any(match.phrase.strong and match.good for match in record.matches):
+                shapes.add(shape(record.lead))
+            done = number + len(starts) - 1
+        elif is_gap(line.text):
+            gaps.append((number, line.text))
+    for record, starts, number in records:
+        known = not record.lead or shape(record.lead) in shapes or not any(character.isalnum() for character in record.lead)
+        for match in record.matches:
+            if match.good and (match.phrase.strong or (record.clean and known)):
+                events.append(_phrase_event(match, record, starts, number))
+            elif match.phrase.strong:
+                events.append(Event(number, "damaged"))
+    events.extend(Event(number, "gap", data=(text,)) for number, text in gaps)
+    return sorted(events, key=lambda event: event.line)
+
+
+class _Follow:
+    """Gives the lines after a line while they can be the rest of it."""
+
+    def __init__(self, lines: Lines, number: int) -> None:
+        self._lines, self._number = lines, number
+
+    def next(self) -> Optional[str]:
+        line = self._lines.next_soft(self._number)
+        if line is None or _HEADER.search(line.text):
+            return None
+        self._number = line.number
+        return line.text
+
+
+def _phrase_event(match: Match, record: Record, starts: Sequence[int], number: int) -> Event:
+    where = {item.start: number + sum(start <= item.start for start in starts[1:]) for item in match.items}
+    row = _places()[match.phrase.id]
+    anchor = None
+    if match.tag in ("effective", "autoload"):
+        # Only the guest's EFER is printed with a remark.
+        anchor = (GUEST, 20)
+    elif len(row.places) == 1:
+        anchor = row.places[0][:2]
+    names = [other.phrase.id for other in record.matches]
+    rip_first = "rip" in names and "rsp" in names and names.index("rip") < names.index("rsp")
+    return Event(where[match.items[0].start], "phrase", anchor, match, where, rip_first=rip_first)
+
+
+def _plain_events(line: Line) -> List[Event]:
+    """Headers and the lines around a dump."""
+    text = line.text
+    header = _HEADER.search(text)
+    if header:
+        block = HEADERS[header.group(1).lower()]
+        return [Event(line.number, "header", (block, HEADER_POSITION[block]))]
+    for pattern, what in ((_POINTER, "pointer"), (_AREA, "area"), (_DOMAIN, "domain"), (_VCPU, "vcpu"), (_MSR_LIST, "msrlist"), (_MSR, "msr"),
+                          (_ENTRY_ERROR, "error"), (_CONTEXT, "context")):
+        match = pattern.search(text)
+        if match:
+            return [Event(line.number, what, data=tuple(match.groups()))]
+    if _HEADING.match(text):
+        return [Event(line.number, "heading")]
+    registers = _GPR.findall(text)
+    if registers and text.startswith(registers[0][0]):
+        return [Event(line.number, "gpr", data=tuple(part for pair in registers for part in pair))]
+    if _FAILURE.search(text):
+        return [Event(line.number, "failure", data=(text,))]
+    return []
+
+
+_INSIDE = frozenset(("header", "phrase", "msr", "msrlist", "pointer"))
+_OPENING = frozenset(("pointer", "domain", "vcpu", "area"))
+_HELD = frozenset(("failure", "error"))
+"""Xen says what failed before it dumps: such a line belongs to the next dump if one begins before this one goes on."""
+
+
+def _split(events: Sequence[Event]) -> List[List[Event]]:
+    """Events of each dump.  A dump begins with its guest block, or where the order of the blocks goes back."""
+    dumps: List[List[Event]] = []
+    current: List[Event] = []
+    held: List[Event] = []
+    headers: Set[int] = set()
+    last_block, last_line = -1, 0
+    for event in events:
+        if event.what in _HELD:
+            held.append(event)
+            continue
+        if current and _begins(event, last_block, last_line, headers):
+            dumps.append(current)
+            current, headers, last_block = [], set(), -1
+        current.extend(held)
+        held = []
+        current.append(event)
+        if event.what in _INSIDE:
+            last_line = event.line
+        if event.anchor is not None:
+            last_block = max(last_block, event.anchor[0])
+            if event.what == "header":
+                headers.add(event.anchor[0])
+    current.extend(held)
+    return dumps + [current] if current else dumps
+
+
+def _begins(event: Event, last_block: int, last_line: int, headers: Set[int]) -> bool:
+    """Whether a new dump begins here."""
+    if event.what in _INSIDE and last_line and event.line - last_line > FARTHEST:
+        return True
+    if event.anchor is None:
+        return event.what in _OPENING
+    block = event.anchor[0]
+    if event.what != "header":
+        return block < last_block
+    return block in headers or block < last_block or (block == GUEST and last_block == GUEST)
+
+
+def _between(low: int, high: int) -> int:
+    """How many phrases that are always printed lie strictly between two positions."""
+    return sum(low < position < high for position in ALWAYS)
+
+
+def resolve(events: Sequence[Event], index: int) -> Optional[Place]:
+    """The place of the phrase at `index`: the only one that its neighbours allow, or the one right beside a neighbour."""
+    event = events[index]
+    assert event.match is not None
+    row = _places()[event.match.phrase.id]
+    places = [place for place in row.places if event.anchor is None or place[0] == event.anchor[0]]
+    if event.rip_first and row.phrase.id in ("rip", "rsp"):
+        # Only the host's line begins with RIP.
+        places = [place for place in places if place[0] == HOST]
+    if not row.places:
+        return (CONTROL, 0, "")
+    if len(places) <= 1:
+        return places[0] if places else None
+    before, near_before = _anchor(events, index, -1)
+    after, near_after = _anchor(events, index, 1)
+    fitting: List[Tuple[bool, Place]] = []
+    for place in places:
+        position = place[1]
+        if (before is not None and before > position) or (after is not None and after < position):
+            continue
+        beside = (before is not None and near_before and _between(before, position) == 0) \
+            or (after is not None and near_after and _between(position, after) == 0)
+        fitting.append((beside, place))
+    beside_only = [place for beside, place in fitting if beside]
+    if len(beside_only) == 1:
+        return beside_only[0]
+    if len(fitting) == 1 and (before is not None or after is not None):
+        return fitting[0][1]
+    return None
+
+
+def _anchor(events: Sequence[Event], index: int, step: int) -> Tuple[Optional[int], bool]:
+    """(position of the nearest phrase in that direction whose place is beyond doubt, nothing is missing in between)."""
+    near = True
+    position = index + step
+    while 0 <= position < len(events):
+        event = events[position]
+        if event.what == "gap":
+            near = False
+        if event.anchor is not None:
+            return event.anchor[1], near
+        position += step
+    return None, near
+
+
+def _strong_enough(events: Sequence[Event]) -> bool:
+    """Something that only such a dump prints: a phrase of its own, or three values in the right form on one line."""
+    return any(event.match is not None and (event.match.phrase.strong or event.match.good == len(event.match.phrase.slots) >= 3)
+               for event in events)
+
+
+def _build(events: Sequence[Event], claimed: Set[int]) -> Optional[TextDump]:
+    inside = [event for event in events if event.what in _INSIDE]
+    if not inside or not _strong_enough(inside):
+        return None
+    builder = Builder("vmcs")
+    unread: Dict[int, str] = {}
+    xen = False
+    lists: Dict[str, List[Tuple[int, int]]] = {}
+    current_list: Optional[str] = None
+    for index, event in enumerate(events):
+        if event.what == "phrase" and event.match is not None:
+            current_list = None
+            place = resolve(events, index)
+            if place is None:
+                unread.setdefault(event.line, "")
+                builder.note(f"line {event.line}: nothing says whether {event.match.items[0].slot.name.strip('_')} is the guest's or the host's")
+                continue
+            xen |= event.match.phrase.id.startswith(("xen", "pdpte", "preemption", "smbase"))
+            _take(builder, event, place, unread)
+        elif event.what == "msrlist":
+            current_list = event.data[0].lower()
+            lists.setdefault(current_list, [])
+            builder.lines.add(event.line)
+        elif event.what == "msr":
+            if current_list is None:
+                unread.setdefault(event.line, "")
+            else:
+                lists[current_list].append((int(event.data[0], 16), int(event.data[1], 16)))
+                builder.lines.add(event.line)
+        elif event.what == "gap":
+            builder.note(f"line {event.line}: {shown(event.data[0], 80)}: lines are missing here")
+            builder.lines.add(event.line)
+        else:
+            xen |= _take_context(builder, event)
+    if not builder.seen:
+        return None
+    if lists:
+        builder.extras["msr_lists"] = lists
+    _finish(builder, events, xen)
+    first, last = inside[0].line, max(max([event.line, *event.lines.values()]) for event in inside)
+    claimed |= builder.lines | {event.line for event in inside} - set(unread)
+    return TextDump("vmcs", XEN if xen else KVM, in_field_order("vmcs", builder.settled()), first, last, notes=builder.notes, extras=builder.extras)
+
+
+def _take(builder: Builder, event: Event, place: Place, unread: Dict[int, str]) -> None:
+    """The values of one phrase."""
+    match = event.match
+    assert match is not None
+    parts: Dict[str, int] = {}
+    for item in match.items:
+        line = event.lines[item.start]
+        if item.value is None:
+            unread.setdefault(line, "")
+            continue
+        builder.lines.add(line)
+        name = item.slot.name
+        if name.islower() or "." in name:
+            parts[name] = item.value
+        elif match.tag in ("effective", "autoload"):
+            _effective(builder, match.tag, item, line)
+        elif not builder.add_name(place[2] + name[1:] if name.startswith("_") else name, item.value, line):
+            unread.setdefault(line, "")
+    _take_parts(builder, event, parts, match)
+    if match.unfinished and match.good < len(match.phrase.slots):
+        unread.setdefault(max(event.lines.values()), "")
+
+
+def _effective(builder: Builder, tag: str, item: Item, line: int) -> None:
+    assert item.value is not None
+    builder.extras["effective_efer"] = item.value
+    builder.extras["effective_efer_line"] = line
+    what = "computed by KVM" if tag == "effective" else "from the VM-entry MSR-load list"
+    builder.note(f"line {line}: EFER {item.value:#x} is {tag}: {what}, not the field; GUEST_IA32_EFER is unknown")
+
+
+def _take_parts(builder: Builder, event: Event, parts: Dict[str, int], match: Match) -> None:
+    """Values that are no whole field."""
+    if "svi" in parts and "rvi" in parts:
+        builder.add_name("GUEST_INTR_STATUS", parts["svi"] << 8 | parts["rvi"], event.line)
+    if "efer.list" in parts:
+        builder.extras["effective_efer"] = parts["efer.list"]
+        builder.note(f"line {event.line}: EFER {parts['efer.list']:#x} is from the MSR-load list, not the field; GUEST_IA32_EFER is unknown")
+    now = {name[4:]: value for name, value in parts.items() if name.startswith("now.")}
+    if now:
+        current: Dict[str, int] = builder.extras.setdefault("current", {})
+        current.update(now)
+    if match.phrase.id == "ve_info" and len(parts) == 6:
+        builder.extras["ve_info"] = {name[3:]: value for name, value in parts.items()}
+    if match.phrase.id == "ve" and match.tag:
+        builder.note(f"line {event.line}: KVM says that the #VE information address is corrupted")
+
+
+def _take_context(builder: Builder, event: Event) -> bool:
+    """Lines around the values.  True where they are Xen's."""
+    builder.lines.add(event.line)
+    if event.what == "pointer":
+        builder.note(f"VMCS pointer {event.data[0]}, last attempted VM-entry on CPU {event.data[1]}")
+        builder.extras["cpu"] = int(event.data[1])
+        return False
+    if event.what in ("domain", "vcpu"):
+        builder.extras[event.what] = int(event.data[0])
+    elif event.what == "failure":
+        builder.extras.setdefault("failures", []).append(event.data[0])
+    elif event.what == "error":
+        builder.extras["instruction_error"] = (event.data[0].upper(), int(event.data[1], 16), event.line)
+    elif event.what == "context":
+        builder.extras["context"] = event.data[0].lower()
+    elif event.what == "gpr" and builder.extras.get("context") == "hvm guest":
+        registers: Dict[str, int] = builder.extras.setdefault("registers", {})
+        registers.update({event.data[i].lower(): int(event.data[i + 1], 16) for i in range(0, len(event.data), 2)})
+    return event.what in ("area", "domain", "vcpu", "error")
+
+
+def _finish(builder: Builder, events: Sequence[Event], xen: bool) -> None:
+    """What only the whole dump shows."""
+    error: Any = builder.extras.get("instruction_error")
+    if error:
+        instruction, number, line = error
+        builder.add_name("VM_INSTRUCTION_ERROR", number, line, f"VM{instruction} error")
+        builder.remark("VM_EXIT_REASON", f"stale: VM{instruction} failed with error {number}, this is of an earlier exit")
+        builder.note(f"VM{instruction} failed with VM-instruction error {number}: reason= and qualification= are of an earlier exit")
+    old = any(event.match is not None and event.match.phrase.id.startswith("xen-old") for event in events)
+    if old and builder.has("VM_EXIT_INSTRUCTION_LEN"):
+        # vmcs_dump_vcpu of Xen 4.2 prints VM_ENTRY_INSTRUCTION_LEN in this place.
+        del builder.seen[_encoding("VM_EXIT_INSTRUCTION_LEN")]
+        builder.note("this version of Xen prints the VM-entry instruction length as VMExit ilen: the VM-exit instruction length is unknown")
+    if not xen and not old:
+        for name, activate in (("TERTIARY_VM_EXEC_CONTROL", 17), ("SECONDARY_VM_EXEC_CONTROL", 31)):
+            if builder.value(name) == 0 and not (builder.value("CPU_BASED_VM_EXEC_CONTROL") or 0) >> activate & 1:
+                builder.remark(name, "KVM prints 0 also where the processor has no such controls")
+    if xen or old:
+        zero = [name for name in sorted(XEN_FAIL_ZERO) if builder.value(name) == 0]
+        for name in zero:
+            builder.remark(name, "Xen prints 0 also for a field that the processor lacks")
+
+
+def _encoding(name: str) -> int:
+    from vtdbg.vmx import fields
+
+    return fields.find(name).encoding
+
+
+def _streams(lines: Lines, candidates: Sequence[int]) -> Dict[str, List[int]]:
+    """Candidate lines by who printed them, where the prefixes say so: dumps of two processors interleave."""
+    keys = {lines.line(number).key for number in candidates} - {""}
+    if len(keys) < 2:
+        return {"": list(candidates)}
+    streams: Dict[str, List[int]] = {}
+    key = ""
+    for number in candidates:
+        line = lines.line(number)
+        if line.logged:
+            key = line.key
+        if is_gap(line.text):
+            for others in streams.values():
+                others.append(number)
+        else:
+            # A line without any prefix is the rest of the one before it.
+            streams.setdefault(key, []).append(number)
+    return streams
+
+
+def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
+    """The KVM and Xen VMCS dumps in `lines`.  Adds the lines that were understood to `claimed`."""
+    streams = _streams(lines, candidates)
+    dumps = []
+    for numbers in streams.values():
+        pending: List[Event] = []
+        for events in _split(_events(lines, numbers)):
+            if not _strong_enough(events):
+                # "Domain 1", "VCPU 0" and the failure line belong to the dump after them.
+                pending = [event for event in pending + events if event.what in ("domain", "area", "vcpu", "failure", "error", "pointer")]
+                continue
+            dump = _build(pending + events, claimed)
+            pending = [event for event in events if event.what == "domain"]
+            if dump is not None:
+                dumps.append(dump)
+    return dumps
