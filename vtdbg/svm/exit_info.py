@@ -164,12 +164,24 @@ def _plain(inputs: ExitInputs, value: int) -> str:
 
 
 HEADLINES: Dict[str, Callable[[ExitInputs, int], str]] = {
-    "npf_info1": _npf, "svm_gpa": _words("guest-physical address of the access"), "svm_ioio": _ioio,
-    "svm_next_rip": _words("RIP of the next instruction"), "svm_cr_access": _cr, "svm_dr_access": _dr, "svm_msr_access": _msr, "svm_error_code": _error_code, "pfec": _pfec,
-    "svm_linear": _linear, "svm_swint": lambda _inputs, value: f"INT {value & 0xFF:#x}", "svm_new_value": _words("value written"), "svm_task_switch_1": _task,
-    "svm_task_switch_2": _task_reason, "svm_avic_noaccel_1": _avic_access, "svm_avic_ipi_2": _ipi_reason,
+    "npf_info1": _npf,
+    "svm_gpa": _words("guest-physical address of the access"),
+    "svm_ioio": _ioio,
+    "svm_next_rip": _words("RIP of the next instruction"),
+    "svm_cr_access": _cr,
+    "svm_dr_access": _dr,
+    "svm_msr_access": _msr,
+    "svm_error_code": _error_code,
+    "pfec": _pfec,
+    "svm_linear": _linear,
+    "svm_swint": lambda _inputs, value: f"INT {value & 0xFF:#x}",
+    "svm_new_value": _words("value written"),
     "svm_invpcid_type": lambda _inputs, value: bits.table("svm_invpcid_type")["TYPE"].meaning(value),
+    "svm_task_switch_1": _task,
+    "svm_task_switch_2": _task_reason,
     "svm_avic_ipi_1": _words("the ICR that the guest wrote"),
+    "svm_avic_ipi_2": _ipi_reason,
+    "svm_avic_noaccel_1": _avic_access,
     "svm_avic_noaccel_2": lambda _inputs, value: f"vector {value & 0xFF:#x} (of an EOI write)",
 }
 

@@ -60,11 +60,22 @@ def explain_svm_exit(exit_code: Union[int, str, None] = None, exit_info_1: Optio
     facts += list(_guest_facts(inputs))
     info1, info2 = inputs.get("exit_info_1"), inputs.get("exit_info_2")
     return SvmExit(
-        "svm", code, inputs.row.name, inputs.row.title, tuple(facts), unique(advise(inputs, event, injection, vmcb) if row else ()),
-        tuple(_notes(inputs)), tuple(stale), row is not None, inputs.row.see, row, info1, info2, event, injection,
-        gpa=_typed(inputs, "svm_gpa"), linear_address=_typed(inputs, "svm_linear"),
-        port=info1 >> 16 & 0xFFFF if inputs.row.info1 == "svm_ioio" and info1 is not None else None,
-        msr=_msr_index(inputs))
+        kind="svm", code=code, name=inputs.row.name, title=inputs.row.title, facts=tuple(facts), stale=tuple(stale),
+        advice=unique(advise(inputs, event, injection, vmcb) if row else ()), notes=tuple(_notes(inputs)), known=row is not None,
+        see=inputs.row.see, summary=_summary(inputs, facts), row=row, exit_info_1=info1, exit_info_2=info2, event=event, injection=injection,
+        gpa=_typed(inputs, "svm_gpa"), linear_address=_typed(inputs, "svm_linear"), msr=_msr_index(inputs),
+        port=info1 >> 16 & 0xFFFF if inputs.row.info1 == "svm_ioio" and info1 is not None else None)
+
+
+def _summary(inputs: ExitInputs, facts: List[Fact]) -> str:
+    """"Nested page fault: write, page not present, final translation; guest-physical address 0x200000"."""
+    words = [fact.meaning for fact in facts if fact.label == "EXITINFO1" and fact.meaning and fact.value is not None]
+    gpa, linear = _typed(inputs, "svm_gpa"), _typed(inputs, "svm_linear")
+    if gpa is not None:
+        words.append(f"guest-physical address {gpa:#x}")
+    if linear is not None:
+        words.append(f"linear address {linear:#x}")
+    return inputs.row.title + (f": {'; '.join(words)}" if words else "")
 
 
 def _code_of(exit_code: Union[int, str, None], vmcb: Optional[Vmcb]) -> int:
@@ -91,7 +102,8 @@ def _numbers(given: Mapping[str, Optional[int]], vmcb: Optional[Vmcb]) -> Dict[s
 
 
 def _unknown_row(code: int) -> ExitCode:
-    return ExitCode("exit", code, f"{code:#x}", "", "", "exit code in no table", "unknown", "", "", "", nrip=False, insn=False, decode=False, length=None,
+    return ExitCode("exit", code, f"{code:#x}", "", "", "exit code in no table", "unknown", "", "", "",
+                    nrip=False, insn=False, decode=False, length=None,
                     handler="", see="APM vol. 2, appendix SVM Intercept Exit Codes", aliases=(), notes="")
 
 
