@@ -24,7 +24,7 @@ import csv
 import io
 import pkgutil
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import UnknownName
@@ -50,7 +50,7 @@ class BitField:
     values: Mapping[int, str] = field(default_factory=dict)
     source: str = ""
 
-    @property
+    @cached_property
     def mask(self) -> int:
         return mask(self.high, self.low)
 

@@ -15,7 +15,7 @@ from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.svm.npt import Npt
 from vtdbg.vmx.ept import Ept, EptCapabilities
-from vtdbg.walk import Access, AccessLike, Fetched, NestedTables, Permissions, Step, Walk, check_address, parse_access, where
+from vtdbg.walk import Access, AccessLike, Fetched, Permissions, Step, Structure, Walk, check_address, parse_access, where
 from vtdbg.x86.paging import Paging
 
 _NESTED_ENTRY = Access(read=True, linear="page-walk")
@@ -110,7 +110,7 @@ class Translation:
 class _ThroughNested:
     """Guest paging-structure entries, each found by a nested walk of its own."""
 
-    def __init__(self, memory: PhysicalMemory, nested: NestedTables) -> None:
+    def __init__(self, memory: PhysicalMemory, nested: Structure) -> None:
         self._memory, self._nested = memory, nested
 
     def fetch(self, address: int, size: int) -> Fetched:
@@ -124,7 +124,7 @@ class _ThroughNested:
 
 
 def translate(machine: Union[Machine, PhysicalMemory], gva: int, cr3: Optional[int] = None, eptp: Optional[int] = None,
-              paging: Union[None, str, Paging] = None, *, ncr3: Optional[int] = None, nested: Optional[NestedTables] = None,
+              paging: Union[None, str, Paging] = None, *, ncr3: Optional[int] = None, nested: Optional[Structure] = None,
               access: AccessLike = None, caps: Optional[EptCapabilities] = None, cpu: int = 0) -> Translation:
     """Translate linear address `gva`: GVA -> GPA -> HPA, every step of both dimensions.
 
@@ -170,8 +170,8 @@ class _Refuses:
         return Fetched(None, self._reason)
 
 
-def _nested_tables(eptp: Optional[int], ncr3: Optional[int], nested: Optional[NestedTables],
-                   caps: Optional[EptCapabilities]) -> Optional[NestedTables]:
+def _nested_tables(eptp: Optional[int], ncr3: Optional[int], nested: Optional[Structure],
+                   caps: Optional[EptCapabilities]) -> Optional[Structure]:
     if sum(item is not None for item in (eptp, ncr3, nested)) > 1:
         raise UsageError("give one of eptp, ncr3 and nested")
     if eptp is not None:
@@ -196,7 +196,7 @@ def _paging(machine: Union[Machine, PhysicalMemory], cr3: Optional[int], paging:
     return replace(Paging.named("4-level", root), unknown=("paging mode not given: 4-level taken",))
 
 
-def _advanced(final: Walk, guest: Walk, tables: NestedTables, caps: Optional[EptCapabilities]) -> Walk:
+def _advanced(final: Walk, guest: Walk, tables: Structure, caps: Optional[EptCapabilities]) -> Walk:
     """Bits 11:9 of an EPT violation's qualification: what the guest's own tables say of the page, where the processor reports it.
 
     SDM vol. 3, table "Exit Qualification for EPT Violations": only with IA32_VMX_EPT_VPID_CAP[22] and for a translated linear address.

@@ -10,7 +10,7 @@ What each processor does with the result (which fault, which qualification) is s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Callable, FrozenSet, Iterable, List, NamedTuple, Optional, Protocol, Tuple, Union
 
@@ -71,7 +71,10 @@ class RuleSpec:
 
 @dataclass(frozen=True, eq=False)
 class TableSet:
-    """The level tables of one kind of translation, highest level first.  `present`: any of these bits makes an entry present."""
+    """The level tables of one kind of translation, highest level first.  `present`: any of these bits makes an entry present.
+
+    `optional`: bits that have their meaning only under a condition; otherwise the processor ignores them and software may use them.
+    """
 
     id: str
     title: str
@@ -81,11 +84,12 @@ class TableSet:
     rules: Tuple[RuleSpec, ...] = ()
     see: str = ""
     entry_size: int = 8
+    optional: Tuple[Tuple[str, Condition], ...] = ()
 
 
 # ---- compiled for one processor -----------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """A rule as masks: broken where `entry & mask == value`, or, with `value` None, where any bit of `mask` is 1."""
 
@@ -95,13 +99,13 @@ class Rule:
     mask: int
     value: Optional[int] = None
 
-    def broken_by(self, entry: int) -> bool:
-        return bool(entry & self.mask) if self.value is None else entry & self.mask == self.value
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EntryKind:
-    """An entry of one level that maps a page, or that references a table.  `grants` are rights that this entry cannot withhold."""
+    """An entry of one level that maps a page, or that references a table.  `grants` are rights that this entry cannot withhold.
+
+    `bits` is the entry's bit table with the bits that are not in use on this processor made "ignored".
+    """
 
     bits: BitTable
     leaf: bool
@@ -116,10 +120,11 @@ class EntryKind:
         return entry & self.address | (entry & self.high_address) << self.high_shift
 
     def broken(self, entry: int) -> Tuple[Rule, ...]:
-        return tuple(rule for rule in self.rules if rule.broken_by(entry))
+        """The rules that `entry` breaks, all of them."""
+        return tuple([rule for rule in self.rules if (entry & rule.mask if rule.value is None else entry & rule.mask == rule.value)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     number: int
     name: str
@@ -145,7 +150,7 @@ class Level:
         return 1 << self.shift
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
     """A table set as masks, for one physical-address width and one set of features.  `rights` are (letter, mask, name)."""
 
@@ -167,7 +172,7 @@ class Tables:
 
     def letters(self, effective: int) -> "Permissions":
         """The rights in words' first letters.  A right without a bit (32-bit paging cannot forbid fetches) goes with any other right."""
-        return Permissions("".join(letter if effective & (mask or self.rights_mask) else "-" for letter, mask, _ in self.rights))
+        return _letters(self, effective)
 
     def right(self, letter: str) -> int:
         """The mask of a right; 0 where this set does not have it."""
@@ -195,6 +200,11 @@ class Permissions(str):
     @property
     def user(self) -> bool:
         return "u" in self
+
+
+@lru_cache(maxsize=1024)
+def _letters(tables: Tables, effective: int) -> Permissions:
+    return Permissions("".join(letter if effective & (mask or tables.rights_mask) else "-" for letter, mask, _ in tables.rights))
 
 
 def holds(when: Condition, features: FrozenSet[str]) -> bool:
@@ -245,7 +255,7 @@ def _level(spec: TableSet, row: LevelSpec, width: int, features: FrozenSet[str],
 
 
 def _kind(spec: TableSet, row: LevelSpec, name: str, width: int, features: FrozenSet[str], ignore: int, *, leaf: bool) -> EntryKind:
-    table = bits.table(name)
+    table = _in_use(bits.table(name), spec, features)
     idents = table.idents()
     address = table["ADDRESS"].mask
     high = table["ADDRESS_39_32"] if "ADDRESS_39_32" in idents else None
@@ -264,6 +274,15 @@ def _kind(spec: TableSet, row: LevelSpec, name: str, width: int, features: Froze
         rules.extend(_rules(rule, table))
     granted = _or(_ident_mask(spec, right.ident) for right in spec.rights if right.ident not in idents)
     return EntryKind(table, leaf, address & ~ignore & ~beyond, high_mask & ~beyond, high_shift, granted, tuple(rules))
+
+
+def _in_use(table: BitTable, spec: TableSet, features: FrozenSet[str]) -> BitTable:
+    """`table` with the optional bits whose condition fails made "ignored": to show them by name would be wrong (KVM keeps own bits there)."""
+    unused = {ident for ident, when in spec.optional if not holds(when, features)}
+    if unused.isdisjoint(table.idents()):
+        return table
+    return replace(table, fields=tuple(replace(row, kind="ignored", name=f"ignored ({row.name}: not in use)") if row.ident in unused else row
+                                       for row in table.fields))
 
 
 def _rules(rule: RuleSpec, table: BitTable) -> List[Rule]:
@@ -346,7 +365,7 @@ class Step:
     index: int
     address: Optional[int]
     entry: Optional[int]
-    table: BitTable
+    table: BitTable = field(repr=False)
     present: bool
     leaf: bool
     permissions: Permissions
@@ -547,8 +566,8 @@ class Walk:
         return self.steps[-1] if self.steps and self.steps[-1].leaf and not self.steps[-1].broken else None
 
 
-class NestedTables(Protocol):
-    """EPT or NPT as an object: what memory views and two-dimensional walks need of it."""
+class Structure(Protocol):
+    """A paging structure as an object (`Ept`, `Npt`, `Paging`): what enumeration, memory views and two-dimensional walks need of it."""
 
     @property
     def tables(self) -> Tables: ...
@@ -560,7 +579,36 @@ class NestedTables(Protocol):
     def root_problem(self) -> str:
         """Why the root pointer itself is not valid; empty where it is."""
 
-    def walk(self, memory: PhysicalMemory, gpa: int, access: AccessLike = None) -> Walk: ...
+    @property
+    def registers(self) -> Optional[Tuple[int, ...]]:
+        """The top level's entries where they are in registers and not in memory at `root` (PAE's PDPTEs)."""
+
+    @property
+    def sign_bits(self) -> int:
+        """Width from which addresses are sign-extended to 64 bits (48 or 57 for long-mode linear addresses); 0: they are not."""
+
+
+    def reaches(self, rights: int) -> bool:
+        """Can any access at all use a page to which the entries together grant `rights`?"""
+
+    def walk(self, memory: PhysicalMemory, address: int, access: AccessLike = None) -> Walk: ...
+
+
+PAT_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB", 7: "UC-"}
+"""SDM vol. 3, Page Attribute Table (PAT), table "Memory Types That Can Be Encoded With PAT"."""
+
+
+def memory_type_of(table: BitTable, entry: int, pat: Optional[int] = None) -> str:
+    """The memory type that a leaf entry asks for.
+
+    EPT: "WB", "UC ignore PAT".  Elsewhere "WB" where `pat` (IA32_PAT) is known, else which of its entries decides: "PAT0" to "PAT7".
+    """
+    idents = table.idents()
+    if "MEMORY_TYPE" in idents:
+        name = table["MEMORY_TYPE"].meaning(entry)
+        return f"{name} ignore PAT" if table.test(entry, "IPAT") else name
+    index = sum(table.get(entry, ident) << at for at, ident in enumerate(("PWT", "PCD", "PAT")) if ident in idents)
+    return f"PAT{index}" if pat is None else PAT_TYPES.get(pat >> 8 * index & 7, f"PAT{index} (reserved type)")
 
 
 def where(step: Step) -> str:

@@ -31,10 +31,11 @@ from vtdbg.walk import (
     compile_tables,
     denied,
     descend,
+    memory_type_of,
     parse_access,
     reason_of,
 )
-from vtdbg.x86.paging import LEGACY, PAE, ROOT_MASKS, features, leaf_memory_type, mode_named
+from vtdbg.x86.paging import LEGACY, PAE, ROOT_MASKS, features, mode_named
 
 _SEE = "APM vol. 2, Page-Translation-Table Entry Fields, Reserved Bits"
 
@@ -50,7 +51,9 @@ NPT = TableSet(
     present=("P",),
     rights=(Right("r", "P", "read"), Right("w", "RW", "write"), Right("x", "NX", "execute", inverted=True), Right("u", "US", "user access")),
     rules=(RuleSpec("nx-disabled", "bit 63 (NX) is reserved while the host's EFER.NXE is 0", _SEE, ("NX",), when=(("nxe", False),)),),
-    see="APM vol. 2, Nested Paging; Long-Mode Page Translation")
+    see="APM vol. 2, Nested Paging; Long-Mode Page Translation",
+    # Nested translations have neither global pages nor protection keys: software may use the bits.
+    optional=(("G", (("global", True),)), ("MPK", (("pkeys", True),))))
 
 FORMATS: Mapping[str, Tuple[TableSet, int]] = {"32-bit": (LEGACY, 2), "PAE": (PAE, 3), "4-level": (NPT, 4), "5-level": (NPT, 5)}
 """The host's paging mode -> (table set, highest level): nested tables have the format of the host's own."""
@@ -86,7 +89,7 @@ class Npt:
     read_only_gpt: bool = False
     pat: Optional[int] = None
 
-    @property
+    @cached_property
     def format(self) -> str:
         mode = mode_named(self.mode) if self.mode is not None else "4-level"
         if mode == "none":
@@ -97,17 +100,28 @@ class Npt:
     def _c_mask(self) -> int:
         return 0 if self.c_bit is None else 1 << self.c_bit
 
-    @property
+    @cached_property
     def root(self) -> int:
         return self.ncr3 & ROOT_MASKS[self.format] & ~self._c_mask
 
-    @property
+    @cached_property
     def root_problem(self) -> str:
         beyond = self.ncr3 & ~self._c_mask
         width = self.width or ASSUMED_WIDTH
         if beyond >> width:
             return f"nCR3 {self.ncr3:#x} is not valid: it has bits at or above the physical-address width ({width}); VMRUN ends with VMEXIT_INVALID"
         return ""
+
+    @property
+    def registers(self) -> Optional[Tuple[int, ...]]:
+        return None
+
+    @property
+    def sign_bits(self) -> int:
+        return 0
+
+    def reaches(self, rights: int) -> bool:
+        return self.gmet or bool(rights & self.tables.right("u"))
 
     @cached_property
     def tables(self) -> Tables:
@@ -129,10 +143,10 @@ class Npt:
             texts.append("guest mode execute trap: data accesses of supervisor mode taken as allowed on U/S=0 pages")
         return tuple(texts)
 
-    def walk(self, memory: PhysicalMemory, gpa: int, access: AccessLike = None, *, source: Optional[EntrySource] = None) -> Walk:
-        """Where `gpa` goes, and the nested page fault that `access` causes; never raises for what the tables hold."""
+    def walk(self, memory: PhysicalMemory, address: int, access: AccessLike = None, *, source: Optional[EntrySource] = None) -> Walk:
+        """Where guest-physical `address` goes, and the nested page fault that `access` causes; never raises for what the tables hold."""
         wanted = parse_access(access)
-        check_address(gpa, "guest-physical address")
+        gpa = check_address(address, "guest-physical address")
         structure = f"NPT, {self.format}"
         if self.root_problem:
             return Walk("nested", structure, self.root, gpa, (), "misconfiguration", self.root_problem, wanted, assumptions=self.assumptions)
@@ -150,7 +164,7 @@ class Npt:
         outcome = _OUTCOMES[found.end]
         memory_type: Optional[str] = None
         if found.end == "leaf":
-            memory_type = leaf_memory_type(found.last, self.pat)
+            memory_type = memory_type_of(found.last.table, found.last.entry or 0, self.pat)
             outcome, reason = self._permitted(found, access)
         else:
             reason = reason_of(found, lambda step: _software(step, found.address), "has a reserved bit set")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, FrozenSet, List, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, List, Optional, Protocol, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
@@ -33,6 +33,7 @@ from vtdbg.walk import (
     compile_tables,
     denied,
     descend,
+    memory_type_of,
     parse_access,
     reason_of,
 )
@@ -75,7 +76,9 @@ EPT = TableSet(
         RuleSpec("paging-write-without-read", "bit 0 (R) is 0 and bit 58 (paging-write access) is 1", _MISCONFIGURATIONS, ("R", "PWA"), (0b10,),
                  on="leaf", when=(("paging-write", True),)),
     ),
-    see="SDM vol. 3, EPT Translation Mechanism")
+    see="SDM vol. 3, EPT Translation Mechanism",
+    optional=(("XU", (("mbec", True),)), ("A", (("ad", True),)), ("D", (("ad", True),)), ("SSS", (("sss", True),)), ("SPP", (("spp", True),)),
+              ("PWA", (("paging-write", True),)), ("VGP", (("verify-paging", True),))))
 
 _EPTP = "SDM vol. 3, Extended-Page-Table Pointer (EPTP); Checks on VMX Controls, VM-Execution Control Fields"
 
@@ -151,20 +154,31 @@ class Ept:
         unknown = tuple(f"{control_name(word, ident)} unknown: taken as 0" for name, word, ident in _CONTROLS if states[name] is None)
         return cls(eptp, caps, **{name: bool(state) for name, state in states.items()}, unknown=unknown)
 
-    @property
+    @cached_property
     def root(self) -> int:
         return bits.table("eptp").get(self.eptp, "ROOT")
 
     @property
+    def registers(self) -> Optional[Tuple[int, ...]]:
+        return None
+
+    @property
+    def sign_bits(self) -> int:
+        return 0
+
+    def reaches(self, rights: int) -> bool:
+        return bool(rights)
+
+    @cached_property
     def access_flags(self) -> bool:
         """EPTP[6]: accessed and dirty flags are in use."""
         return bits.table("eptp").test(self.eptp, "AD")
 
-    @property
+    @cached_property
     def levels(self) -> int:
         return 5 if bits.table("eptp").get(self.eptp, "WALK_LENGTH") == 4 else 4
 
-    @property
+    @cached_property
     def root_problem(self) -> str:
         problems = eptp_problems(self.eptp, self.caps)
         if not problems:
@@ -179,13 +193,11 @@ class Ept:
         cap = self.caps.ept_vpid_cap if self.caps is not None else None
         table = bits.table("ept_vpid_cap")
         names = {name for name, ident in _FEATURES if cap is None or table.test(cap, ident)}
-        if self.mbec:
-            names.add("mbec")
-        if self.paging_write:
-            names.add("paging-write")
-        features: FrozenSet[str] = frozenset(names)
+        switches = (("mbec", self.mbec), ("paging-write", self.paging_write), ("spp", self.spp), ("verify-paging", self.verify_paging),
+                    ("ad", self.access_flags), ("sss", bits.table("eptp").test(self.eptp, "SSS")))
+        names.update(name for name, on in switches if on)
         width = self.caps.physical_address_width if self.caps is not None else None
-        return compile_tables(EPT, self.levels, width or MAXPHYADDR, features)
+        return compile_tables(EPT, self.levels, width or MAXPHYADDR, frozenset(names))
 
     @cached_property
     def assumptions(self) -> Tuple[str, ...]:
@@ -196,10 +208,10 @@ class Ept:
             texts.append(f"physical-address width unknown: {MAXPHYADDR} taken")
         return tuple(texts)
 
-    def walk(self, memory: PhysicalMemory, gpa: int, access: AccessLike = None, *, source: Optional[EntrySource] = None) -> Walk:
-        """Where `gpa` goes, and what the processor does for `access`; never raises for what the tables hold."""
+    def walk(self, memory: PhysicalMemory, address: int, access: AccessLike = None, *, source: Optional[EntrySource] = None) -> Walk:
+        """Where guest-physical `address` goes, and what the processor does for `access`; never raises for what the tables hold."""
         wanted = parse_access(access)
-        check_address(gpa, "guest-physical address")
+        gpa = check_address(address, "guest-physical address")
         structure = f"EPT, {self.levels} levels"
         if self.root_problem:
             return Walk("nested", structure, self.root, gpa, (), "misconfiguration", self.root_problem, wanted, assumptions=self.assumptions)
@@ -221,7 +233,8 @@ class Ept:
         notes: Tuple[str, ...] = ()
         if found.end == "leaf":
             outcome, reason = self._permitted(found, access)
-            memory_type, notes = _memory_type(found.last), self._notes(found.last)
+            memory_type = memory_type_of(found.last.table, found.last.entry or 0)
+            notes = self._notes(found.last)
         qualification = self._qualification(access, found.rights, found.last) if access is not None and outcome == "violation" else None
         return Walk("nested", structure, found.root, found.address, found.steps, outcome, reason, access, found.maps_to, found.page_size,
                     found.permissions, memory_type, qualification, None if outcome == "mapped" else found.hole, found.last.broken,
@@ -229,7 +242,7 @@ class Ept:
 
     def _permitted(self, found: Descent, access: Optional[Access]) -> Tuple[str, str]:
         if access is None:
-            if found.rights:
+            if self.reaches(found.rights):
                 return "mapped", ""
             return "violation", "no access is allowed: the entries together grant neither read, write nor execute"
         if access.shadow_stack and access.user is not True and bits.table("eptp").test(self.eptp, "SSS"):
@@ -308,13 +321,6 @@ def _software(step: Step, gpa: int) -> str:
     if found or not step.software_bits:
         return found
     return f"software bits {step.software_bits:#x}"
-
-
-def _memory_type(leaf: Step) -> str:
-    """"WB", "UC ignore PAT"."""
-    assert leaf.entry is not None
-    name = leaf.table["MEMORY_TYPE"].meaning(leaf.entry)
-    return f"{name} ignore PAT" if leaf.table.test(leaf.entry, "IPAT") else name
 
 
 def ept_walk(memory: PhysicalMemory, eptp: int, gpa: int, access: AccessLike = None, caps: Optional[EptCapabilities] = None, *,

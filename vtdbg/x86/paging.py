@@ -26,7 +26,6 @@ from vtdbg.walk import (
     Permissions,
     Right,
     RuleSpec,
-    Step,
     Tables,
     TableSet,
     Walk,
@@ -34,6 +33,7 @@ from vtdbg.walk import (
     compile_tables,
     denied,
     descend,
+    memory_type_of,
     parse_access,
     reason_of,
 )
@@ -57,7 +57,9 @@ LONG_MODE = TableSet(
     present=("P",), rights=_RIGHTS,
     rules=(_XD, RuleSpec("page-size-1g", "bit 7 (PS) is reserved: the processor does not support 1-GByte pages (CPUID.80000001H:EDX[26])",
                          _RESERVED, ("PS",), on="leaf", levels=(3,), when=(("1g", False),))),
-    see="SDM vol. 3, 4-Level Paging and 5-Level Paging")
+    see="SDM vol. 3, 4-Level Paging and 5-Level Paging",
+    # Bit 11 restarts HLAT paging, ordinary paging ignores it; keys without CR4.PKE and CR4.PKS are ignored.
+    optional=(("R", (("hlat", True),)), ("PKEY", (("pkeys", True),))))
 
 PAE = TableSet(
     "pae", "PAE paging",
@@ -169,6 +171,21 @@ class Paging:
         return self.cr3 & ROOT_MASKS[self.mode]
 
     @property
+    def root_problem(self) -> str:
+        return ""
+
+    @property
+    def registers(self) -> Optional[Tuple[int, ...]]:
+        return self.pdptes
+
+    @property
+    def sign_bits(self) -> int:
+        return self.linear_bits if self.linear_bits > 32 else 0
+
+    def reaches(self, rights: int) -> bool:
+        return True
+
+    @property
     def linear_bits(self) -> int:
         return {"none": 32, "32-bit": 32, "PAE": 32, "4-level": 48, "5-level": 57}[self.mode]
 
@@ -183,7 +200,7 @@ class Paging:
         spec, top = MODES[self.mode]
         if spec is None:
             raise UsageError("paging is off (CR0.PG=0): there are no tables")
-        return compile_tables(spec, top, self.width or MAXPHYADDR, features(self.nxe, self.pse))
+        return compile_tables(spec, top, self.width or MAXPHYADDR, features(self.nxe, self.pse, keys=self.pke is not False or self.pks is not False))
 
     @cached_property
     def assumptions(self) -> Tuple[str, ...]:
@@ -221,7 +238,7 @@ class Paging:
         outcome = _OUTCOMES[found.end]
         reason, memory_type, code, assumed = "", None, None, self.assumptions
         if found.end == "leaf":
-            memory_type = leaf_memory_type(found.last, self.pat)
+            memory_type = memory_type_of(found.last.table, found.last.entry or 0, self.pat)
             if access is not None:
                 verdict = judge(self, found, access)
                 outcome, reason, code = verdict.outcome, verdict.reason, verdict.error_code
@@ -238,9 +255,9 @@ class Paging:
 _OUTCOMES = {"leaf": "mapped", "not-present": "violation", "misconfigured": "misconfiguration", "unreadable": "unreadable"}
 
 
-def features(nxe: Optional[bool], pse: Optional[bool]) -> FrozenSet[str]:
+def features(nxe: Optional[bool], pse: Optional[bool], *, keys: bool = False) -> FrozenSet[str]:
     """What the tables' conditions ask; unknown is taken as on."""
-    return frozenset(name for name, on in (("nxe", nxe is not False), ("pse", pse is not False), ("1g", True)) if on)
+    return frozenset(name for name, on in (("nxe", nxe is not False), ("pse", pse is not False), ("1g", True), ("pkeys", keys)) if on)
 
 
 def _test(table: str, value: Optional[int], ident: str) -> Optional[bool]:
@@ -273,18 +290,6 @@ def canonical(address: int, width: int) -> bool:
 def sign_extended(address: int, width: int) -> int:
     """The canonical form of a `width`-bit linear address, as 64 bits."""
     return address | (1 << 64) - (1 << width) if width < 64 and address >> width - 1 & 1 else address
-
-
-PAT_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB", 7: "UC-"}
-"""SDM vol. 3, Page Attribute Table (PAT), table "Memory Types That Can Be Encoded With PAT"."""
-
-
-def leaf_memory_type(leaf: Step, pat: Optional[int]) -> str:
-    """"WB" where IA32_PAT is known, else which of its entries decides: "PAT0" to "PAT7"."""
-    assert leaf.entry is not None
-    idents = leaf.table.idents()
-    index = sum(leaf.table.get(leaf.entry, ident) << at for at, ident in enumerate(("PWT", "PCD", "PAT")) if ident in idents)
-    return f"PAT{index}" if pat is None else PAT_TYPES.get(pat >> 8 * index & 7, f"PAT{index} (reserved type)")
 
 
 # ---- access rights ------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,465 @@
+"""All of a paging structure at once: merged ranges, or every leaf, and what is wrong with it.
+
+Works from the same compiled level tables as a walk (`vtdbg.walk`): what an entry is, what it grants and which rules it breaks is said there
+once.  Each table is read once; a run of entries that step by one page is found by one comparison of the whole table as one big number, so
+that a regular table of 512 pages costs about as much as one entry.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+from vtdbg.errors import MemoryUnavailable, UsageError
+from vtdbg.memory.base import PhysicalMemory
+from vtdbg.walk import EntryKind, Level, Permissions, Rule, Structure, Tables, memory_type_of
+from vtdbg.x86.paging import sign_extended
+
+WORK_LIMIT = 1 << 23
+"""Runs of pages that are enumerated before giving up: a table that contains itself has more pages than anybody can list."""
+PROBLEM_LIMIT = 10_000
+_CACHE_ITEMS = 1 << 15
+_UNMERGED = ("A", "D")
+
+
+class Range(NamedTuple):
+    """Pages that lie side by side in both address spaces and mean the same.
+
+    `start` and `target` (where the first page goes) and `length` are in bytes; `attributes` are the entries' bits besides address and rights
+    (memory type, ignore PAT, global, protection key, ...; not accessed and dirty unless asked for).
+    """
+
+    start: int
+    target: int
+    length: int
+    page_size: int
+    rights: int
+    attributes: int
+    kind: EntryKind
+    tables: Tables
+
+    @property
+    def end(self) -> int:
+        """The first address after it."""
+        return self.start + self.length
+
+    @property
+    def permissions(self) -> Permissions:
+        """Granted by all levels together."""
+        return self.tables.letters(self.rights)
+
+    @property
+    def memory_type(self) -> str:
+        return memory_type_of(self.kind.bits, self.attributes)
+
+    @property
+    def pages(self) -> int:
+        return self.length // self.page_size
+
+    @property
+    def flags(self) -> Tuple[str, ...]:
+        """Identifiers of the attributes that are 1, without the memory type."""
+        return tuple(row.ident for row in self.kind.bits.fields
+                     if row.kind in ("flag", "number") and row.mask & self.attributes and row.ident not in ("PWT", "PCD", "PAT", "IPAT"))
+
+
+class Leaf(NamedTuple):
+    """One page: where it goes, and the entry that says so.  `entry_address` is None for an entry in a register."""
+
+    start: int
+    target: int
+    page_size: int
+    rights: int
+    entry: int
+    entry_address: Optional[int]
+    level: int
+    kind: EntryKind
+    tables: Tables
+
+    @property
+    def permissions(self) -> Permissions:
+        return self.tables.letters(self.rights)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a walk would stumble over: `kind` is "misconfiguration" (entries that break rules), "unreadable" (a table that the memory
+    does not have), "loop" (a table that is reached through itself; the processor walks it) or "limit" (given up).
+
+    `start` and `length` are the addresses concerned, `path` the addresses of the entries that lead there, the last one included; `entries` is
+    how many neighbouring entries are alike.  A table that is reached by several paths is reported for the first.
+    """
+
+    kind: str
+    start: int
+    length: int
+    text: str
+    level: int = 0
+    entry: Optional[int] = None
+    path: Tuple[int, ...] = ()
+    entries: int = 1
+    rules: Tuple[Rule, ...] = ()
+
+
+_Run = Tuple[int, int, int, int]
+"""(index, how many entries, the first one, what they are).  Leaves step by one page; broken entries break the same rules; a table is alone.
+
+Plain tuples of numbers, because the garbage collector does not look into those: a large structure has a million of them.
+"""
+_LEAF, _TABLE, _BROKEN = range(3)
+
+
+class _Shape(NamedTuple):
+    """Constants of one level for whole-table comparison: the lanes of a table as one number."""
+
+    level: Level
+    code: str
+    size: int
+    lane: int
+    keep_all: int
+    ones: int
+    steps: int
+    attributes: int
+    ruled: int
+    linear: bool
+    address: int
+
+
+@lru_cache(maxsize=128)
+def _shapes(tables: Tables, apart: FrozenSet[str], exact: bool) -> Tuple[_Shape, ...]:
+    return tuple(_shape(tables, level, apart, exact) for level in tables.levels)
+
+
+def _shape(tables: Tables, level: Level, apart: FrozenSet[str], exact: bool) -> _Shape:
+    width = level.entry_size * 8
+    lane = (1 << width) - 1
+    ones = sum(1 << width * index for index in range(level.entries))
+    attributes = ruled = address = 0
+    keep = tables.present | tables.rights_mask | level.large
+    for kind in (level.table, level.leaf):
+        if kind is None:
+            continue
+        keep |= kind.address | kind.high_address
+        for rule in kind.rules:
+            ruled |= rule.mask
+        if kind.leaf:
+            attributes = _attributes(tables, level, kind, apart)
+            address = kind.bits["ADDRESS"].mask
+    ruled |= level.large
+    keep = lane if exact else keep | attributes | ruled
+    steps = sum(level.page_size * index << width * index for index in range(level.entries))
+    # A step that does not fit in a lane (the top levels) would run into the next one.
+    fits = level.leaf is not None and level.page_size * level.entries <= lane
+    return _Shape(level, "Q" if width == 64 else "I", level.entries * level.entry_size, lane, keep * ones, ones, steps,
+                  lane if exact else attributes, ruled, fits, address)
+
+
+def _attributes(tables: Tables, level: Level, kind: EntryKind, apart: FrozenSet[str]) -> int:
+    """The bits of a leaf that tell ranges apart, besides address and rights."""
+    mask = 0
+    for row in kind.bits.fields:
+        if row.kind in ("flag", "enum", "number") and row.ident != "PS" and (row.ident not in _UNMERGED or row.ident in apart):
+            mask |= row.mask
+    return mask & ~(tables.rights_mask | tables.present | level.large)
+
+
+_Legal = Dict[int, Tuple[EntryKind, Tuple[Rule, ...]]]
+"""What the bits of an entry that rules look at make of it: few combinations occur, and hostile tables do not get to keep theirs."""
+_LEGAL_LIMIT = 4096
+
+
+def _judged(shape: _Shape, entry: int, legal: _Legal) -> Tuple[EntryKind, Tuple[Rule, ...]]:
+    key = entry & shape.ruled
+    found = legal.get(key)
+    if found is None:
+        kind = shape.level.kind(entry)
+        found = kind, kind.broken(entry)
+        if len(legal) < _LEGAL_LIMIT:
+            legal[key] = found
+    return found
+
+
+def _runs(shape: _Shape, tables: Tables, data: bytes, legal: _Legal) -> Tuple[_Run, ...]:
+    """What a table holds, pages that step by one page taken together; entries that are not present are left out."""
+    whole = int.from_bytes(data, "little") & shape.keep_all
+    if not whole:
+        return ()
+    first, level = whole & shape.lane, shape.level
+    if shape.linear and first & tables.present and whole == first * shape.ones + shape.steps:
+        kind, rules = _judged(shape, first, legal)
+        if kind.leaf and not rules and _uniform(shape, first, level.entries, legal):
+            return ((0, level.entries, first, _LEAF),)
+    entries = array(shape.code)
+    entries.frombytes(whole.to_bytes(shape.size, "little"))
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return tuple(_irregular(shape, tables, entries, legal))
+
+
+def _uniform(shape: _Shape, entry: int, count: int, legal: _Legal) -> bool:
+    """Are `count` entries that step by one page from `entry`, a legal one, all legal, without a carry out of the address bits?
+
+    Only the address changes on the way, and it grows: if the last entry is legal and in range, all are.
+    """
+    last = entry + (count - 1) * shape.level.page_size
+    return not (entry ^ last) & ~shape.address and not _judged(shape, last, legal)[1]
+
+
+def _irregular(shape: _Shape, tables: Tables, entries: "array[int]", legal: _Legal) -> Iterator[_Run]:
+    level, present, size = shape.level, tables.present, len(entries)
+    page_size, linear, ruled = level.page_size, shape.linear, shape.ruled
+    index = 0
+    while index < size:
+        entry = entries[index]
+        if not entry & present:
+            index += 1
+            continue
+        known = legal.get(entry & ruled)
+        kind, rules = known if known is not None else _judged(shape, entry, legal)
+        count = 1
+        if rules:
+            # Neighbours that break the same rules are one problem, whatever else they hold.
+            while index + count < size and entries[index + count] & present and _judged(shape, entries[index + count], legal)[1] == rules:
+                count += 1
+            yield index, count, entry, _BROKEN
+        else:
+            if kind.leaf and linear:
+                expected = entry + page_size
+                while index + count < size and entries[index + count] == expected:
+                    count += 1
+                    expected += page_size
+                if count > 1 and not _uniform(shape, entry, count, legal):
+                    count = 1
+            yield index, count, entry, _LEAF if kind.leaf else _TABLE
+        index += count
+
+
+class _Frame(NamedTuple):
+    """A table on the way: what is left of it, where its addresses begin, what its path grants, and (`whole`) whether all of it is wanted."""
+
+    depth: int
+    table: int
+    runs: Iterator[_Run]
+    base: int
+    rights: int
+    entry_address: Optional[int]
+    whole: bool
+    rows_before: int
+
+
+class Enumeration:
+    """All pages of a structure (an `Ept`, `Npt` or `Paging`) between `first` and `last` (inclusive), in address order.
+
+    Iterating yields `Range` rows; `leaves()` yields every `Leaf`.  Each iteration starts afresh and fills `problems` (at most PROBLEM_LIMIT of
+    them, `problem_count` counts all), `tables_read` and `pages` (how many of each size).  A row need not be mapped for everybody: a page
+    to which the entries together grant nothing has permissions "---".
+
+    `apart` names bits that keep ranges apart although they are usually of no interest: {"A", "D"}.  `ignore_page_size` merges across page
+    sizes (the smallest is then given).  `limit` bounds the work (runs and tables, a table counting as 32): a table that contains itself
+    ends with a problem of kind "limit", and `complete` stays False.  Memory stays bounded whatever the tables hold.
+
+    Raises UsageError where the range is empty or paging is off.
+    """
+
+    def __init__(self, memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1, *,
+                 apart: FrozenSet[str] = frozenset(), ignore_page_size: bool = False, limit: int = WORK_LIMIT) -> None:
+        if first > last or first < 0:
+            raise UsageError(f"the range {first:#x} to {last:#x} is empty")
+        self._memory, self._structure, self._tables = memory, structure, structure.tables
+        self._first, self._last, self._limit = first, last, limit
+        self._apart, self._ignore_page_size = frozenset(apart), ignore_page_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.problems: List[Problem] = []
+        self.problem_count = 0
+        self.tables_read = 0
+        self.pages: Dict[int, int] = {}
+        self.complete = False
+        self._seen: "OrderedDict[Tuple[int, int], Tuple[_Run, ...]]" = OrderedDict()
+        self._kept = 0
+        self._legal: Tuple[_Legal, ...] = tuple({} for _ in self._tables.levels)
+        self._barren: Set[Tuple[int, int]] = set()
+        self._reported: Set[Tuple[int, int, int]] = set()
+        self._loops: Set[int] = set()
+
+    def __iter__(self) -> Iterator[Range]:
+        pending: Optional[Range] = None
+        for row, _ in self._rows(_shapes(self._tables, self._apart, exact=False)):
+            if pending is not None:
+                joined = self._joined(pending, row)
+                if joined is not None:
+                    pending = joined
+                    continue
+                yield pending
+            pending = row
+        if pending is not None:
+            yield pending
+
+    def _joined(self, one: Range, two: Range) -> Optional[Range]:
+        length = one.length
+        if two.start != one.start + length or two.target != one.target + length or two.rights != one.rights:
+            return None
+        if one.page_size == two.page_size and one.attributes == two.attributes:
+            return one._replace(length=length + two.length)
+        if not self._ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
+            return None
+        # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
+        small = one if one.page_size <= two.page_size else two
+        return one._replace(length=length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Every page by itself, with its entry as it is in memory."""
+        tables = self._tables
+        levels = {level.page_size: level for level in tables.levels}
+        for row, table in self._rows(_shapes(tables, self._apart, exact=True)):
+            level, size = levels[row.page_size], row.page_size
+            for step in range(0, row.length, size):
+                start = row.start + step
+                at = None if table is None else table + level.index(start) * level.entry_size
+                yield Leaf(start, row.target + step, size, row.rights, row.attributes + step, at, level.number, row.kind, tables)
+
+    def _rows(self, shapes: Tuple[_Shape, ...]) -> Iterator[Tuple[Range, Optional[int]]]:
+        """One row a run, with the address of its table, in address order: the traversal that everything else is made of."""
+        self._reset()
+        structure, tables, first, last = self._structure, self._tables, self._first, self._last
+        if structure.root_problem:
+            self._problem(Problem("misconfiguration", 0, 1 << tables.address_bits, structure.root_problem))
+            self.complete = True
+            return
+        in_registers = structure.registers is not None
+        stack: List[_Frame] = []
+        stack.append(_Frame(0, structure.root, iter(self._table(shapes, stack, structure.root, None, 0)), 0, tables.rights_mask, None,
+                            whole=False, rows_before=0))
+        inverted, limit, pages = tables.inverted, self._limit, self.pages
+        rows = visited = 0
+        while stack:
+            frame = stack[-1]
+            depth, base, granted, shape = frame.depth, frame.base, frame.rights, shapes[frame.depth]
+            shift, page_size, attributes = shape.level.shift, shape.level.page_size, shape.attributes
+            held_at = None if in_registers and not depth else frame.table
+            leaf_kind, table_kind = shape.level.leaf, shape.level.table
+            sign_bits = 0 if depth else structure.sign_bits
+            for run in frame.runs:
+                index, entries, entry, what = run
+                start, length = base + (index << shift), entries << shift
+                if sign_bits:
+                    start = sign_extended(start, sign_bits)
+                if start > last or start + length <= first:
+                    continue
+                visited += 1
+                if visited > limit - 32 * self.tables_read:
+                    self._problem(Problem("limit", start, 0, f"given up at {start:#x} after {rows} runs of pages in {self.tables_read} tables; "
+                                          "give a smaller range, or a higher limit"))
+                    return
+                if what == _BROKEN:
+                    self._broken(stack, shape.level, run, start)
+                    continue
+                kind = leaf_kind if what == _LEAF else table_kind
+                assert kind is not None
+                rights = granted & (entry ^ inverted | kind.grants)
+                if what == _TABLE:
+                    table = kind.address_of(entry)
+                    if (table, depth + 1) in self._barren:
+                        continue
+                    at = None if held_at is None else held_at + index * shape.level.entry_size
+                    self._watch_loop(stack, shape.level, run, table, start, at)
+                    runs = self._table(shapes, stack, table, at, start)
+                    whole = first <= start and start + length - 1 <= last
+                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, whole, rows))
+                    break
+                rows += 1
+                if start < first or start + length - 1 > last:
+                    skip = max(first - start, 0) >> shift << shift
+                    length = min(length, ((last - start >> shift) + 1) << shift) - skip
+                    start, entry = start + skip, entry + skip
+                pages[page_size] = pages.get(page_size, 0) + (length >> shift)
+                target = entry & kind.address if not kind.high_address else kind.address_of(entry)
+                yield Range(start, target, length, page_size, rights, entry & attributes, kind, tables), held_at
+            else:
+                stack.pop()
+                if frame.whole and rows == frame.rows_before:
+                    self._barren.add((frame.table, depth))
+        self.complete = True
+
+    def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> Tuple[_Run, ...]:
+        """The runs of a table, parsed once; what cannot be read of it is reported once, and taken as not present."""
+        depth = len(stack)
+        known = self._seen.get((table, depth))
+        if known is not None:
+            self._seen.move_to_end((table, depth))
+            return known
+        shape, registers = shapes[depth], self._structure.registers
+        self.tables_read += 1
+        try:
+            if not depth and registers is not None:
+                data = b"".join(value.to_bytes(shape.level.entry_size, "little") for value in registers)
+            else:
+                data = self._memory.read(table, shape.size)
+        except MemoryUnavailable as error:
+            readable = max(error.address - table, 0) // shape.level.entry_size * shape.level.entry_size
+            data = self._beginning(table, min(readable, shape.size))
+            missing = len(data) // shape.level.entry_size << shape.level.shift
+            what = f"from {table + len(data):#x} on " if data else ""
+            self._problem(Problem("unreadable", start + missing, (shape.level.entries << shape.level.shift) - missing,
+                                  f"the table at {table:#x} cannot be read {what}({error.reason})", path=_path(stack, entry_address)))
+            data = data.ljust(shape.size, b"\0")
+        runs = _runs(shape, self._tables, data, self._legal[depth])
+        self._seen[table, depth] = runs
+        self._kept += len(runs) + 1
+        while self._kept > _CACHE_ITEMS and len(self._seen) > 1:
+            _, dropped = self._seen.popitem(last=False)
+            self._kept -= len(dropped) + 1
+        return runs
+
+    def _beginning(self, table: int, size: int) -> bytes:
+        try:
+            return self._memory.read(table, size) if size else b""
+        except MemoryUnavailable:
+            return b""
+
+    def _watch_loop(self, stack: List[_Frame], level: Level, run: _Run, table: int, start: int, entry_address: Optional[int]) -> None:
+        for item in stack:
+            if item.table == table and table not in self._loops and len(self._loops) < PROBLEM_LIMIT:
+                self._loops.add(table)
+                text = f"level {level.number} {level.name} {run[2]:#x} references table {table:#x}, through which it was reached"
+                self._problem(Problem("loop", start, level.page_size, text, level.number, run[2], _path(stack, entry_address)))
+
+    def _broken(self, stack: List[_Frame], level: Level, run: _Run, start: int) -> None:
+        """Report entries that break rules, once for a table, however many paths lead to it."""
+        frame, (index, entries, entry, _) = stack[-1], run
+        key = frame.table, frame.depth, index
+        if key in self._reported or len(self._reported) >= 2 * PROBLEM_LIMIT:
+            return
+        self._reported.add(key)
+        rules = level.kind(entry).broken(entry)
+        at = None if self._structure.registers is not None and not frame.depth else frame.table + index * level.entry_size
+        where = f"level {level.number} {level.name}" + (f" at {at:#x}" if at is not None else "")
+        more = f" and {entries - 1} more" if entries > 1 else ""
+        text = f"{where}{more} (entry {entry:#x}): {'; '.join(rule.text for rule in rules)}"
+        self._problem(Problem("misconfiguration", start, entries << level.shift, text, level.number, entry, _path(stack, at), entries, rules))
+
+    def _problem(self, problem: Problem) -> None:
+        self.problem_count += 1
+        if len(self.problems) < PROBLEM_LIMIT:
+            self.problems.append(problem)
+
+
+def _path(stack: List[_Frame], last: Optional[int]) -> Tuple[int, ...]:
+    """The addresses of the entries that lead to where the traversal is, and `last`."""
+    return tuple(at for at in (*(frame.entry_address for frame in stack), last) if at is not None)
+
+
+def ranges(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1, *, apart: FrozenSet[str] = frozenset(),
+           ignore_page_size: bool = False, limit: int = WORK_LIMIT) -> Enumeration:
+    """The pages of an `Ept`, `Npt` or `Paging` as merged ranges: iterate the result, then look at its `problems`.  See `Enumeration`."""
+    return Enumeration(memory, structure, first, last, apart=apart, ignore_page_size=ignore_page_size, limit=limit)
+
+
+def leaves(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1, *, limit: int = WORK_LIMIT) -> Iterator[Leaf]:
+    """Every page of an `Ept`, `Npt` or `Paging`, with its entry.  What is wrong with the tables is not reported: use `Enumeration` for that."""
+    return Enumeration(memory, structure, first, last, limit=limit).leaves()
