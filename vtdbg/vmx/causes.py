@@ -134,9 +134,23 @@ def _cr3_targets(what: Exit) -> Iterator[Advice]:
 
 
 def written_value(what: Exit, access: int) -> Optional[int]:
-    """The value that a MOV to CR writes, None where the register is not given."""
+    """The value that a MOV to CR or LMSW writes, 0 for CLTS; None where the register is not given."""
     qualification = what.qualification or 0
-    return what.guest.register(GPRS[qualification >> 8 & 15]) if access == 0 else None
+    if access == 0:
+        return what.guest.register(GPRS[qualification >> 8 & 15])
+    return qualification >> 16 & 0xFFFF if access == 3 else 0
+
+
+def exiting_bits(access: int, value: int, mask: int, shadow: int) -> int:
+    """The bits of CR0 or CR4 for which a write exits; `access` as in the qualification (0 MOV, 2 CLTS, 3 LMSW).
+
+    CLTS exits where TS is 1 in mask and shadow; LMSW writes bits 3:0 only and can set PE but not clear it.
+    """
+    if access == 2:
+        return mask & shadow & 8
+    if access == 3:
+        return mask & ((value ^ shadow) & 0xE | value & ~shadow & 1)
+    return (value ^ shadow) & mask
 
 
 def _masked(what: Exit, number: int, access: int) -> Iterator[Advice]:
@@ -148,17 +162,9 @@ def _masked(what: Exit, number: int, access: int) -> Iterator[Advice]:
         yield Advice("cause", f"a bit that is 1 in the mask and differs between the value and the shadow ({names})", SEE_MASKS)
     else:
         value = written_value(what, access)
-        if access == 2:
-            differ: Optional[int] = mask & shadow & 8
-            text = "CLTS exits where TS (bit 3) is 1 in the mask and in the shadow"
-        elif access == 3:
-            data = (what.qualification or 0) >> 16 & 15
-            # LMSW exits for PE only where it sets it; for MP, EM and TS where they differ from the shadow.
-            differ = mask & ((data ^ shadow) & 0xE | (data & ~shadow) & 1)
-            text = f"LMSW {data:#x}: (value ^ shadow) & mask"
-        else:
-            differ = None if value is None else (value ^ shadow) & mask
-            text = "(value ^ shadow) & mask" + ("" if value is not None else "; the value is not given")
+        differ = None if value is None else exiting_bits(access, value, mask, shadow)
+        text = {2: "CLTS exits where TS (bit 3) is 1 in the mask and in the shadow", 3: f"LMSW {value or 0:#x}: (value ^ shadow) & mask"}.get(
+            access, "(value ^ shadow) & mask" + ("" if value is not None else "; the value is not given"))
         text += f"; mask {mask:#x}, shadow {shadow:#x}"
         if differ:
             text += f": {table.describe(differ)}"

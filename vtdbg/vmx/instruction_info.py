@@ -102,7 +102,8 @@ def _memory_form(table: str, value: int, mnemonic: str, reg2: Optional[int], pro
     return InstructionInfo(
         table, value, mnemonic, in_register=False, segment=SEGMENTS[segment] if segment < len(SEGMENTS) else None,
         base=GPRS[parts["BASE_REGISTER"]] if has_base else None, index=GPRS[parts["INDEX_REGISTER"]] if has_index else None,
-        scale=1 << parts.get("SCALING", 0) if has_index else 1, address_size=address_size, reg2=_name(reg2), operand_size=operand_size, problems=tuple(problems))
+        scale=1 << parts.get("SCALING", 0) if has_index else 1, address_size=address_size, reg2=_name(reg2),
+        operand_size=operand_size, problems=tuple(problems))
 
 
 def _name(number: Optional[int]) -> Optional[str]:
