@@ -18,7 +18,7 @@ from vtdbg.report import FINDINGS, Group, Pairs, Report, Value, hexa
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.vmcs import Vmcs
-from vtdbg.walk import NestedTables, Walk, parse_access
+from vtdbg.walk import Structure, Walk, parse_access
 from vtdbg.x86.paging import Paging
 
 
@@ -28,7 +28,7 @@ class View:
 
     title: str
     paging: Paging
-    nested: Optional[NestedTables]
+    nested: Optional[Structure]
     python: str
 
 
@@ -80,7 +80,7 @@ def _views(session: Session, vmcs: Optional[int], vmcb: Optional[int], host: boo
     return [_adjusted(view, cr3, mode) for view in views], stale
 
 
-def _npt(ncr3: int) -> NestedTables:
+def _npt(ncr3: int) -> Structure:
     from vtdbg.svm.npt import Npt
 
     return Npt(ncr3)
@@ -92,7 +92,7 @@ def _adjusted(view: View, cr3: Optional[int], mode: Optional[str]) -> View:
     return View(view.title, paging, view.nested, view.python.replace(f"cr3={view.paging.cr3:#x}", f"cr3={paging.cr3:#x}"))
 
 
-def _bare_view(session: Session, host: bool, cr3: Optional[int], nested: Optional[NestedTables], mode: Optional[str]) -> View:
+def _bare_view(session: Session, host: bool, cr3: Optional[int], nested: Optional[Structure], mode: Optional[str]) -> View:
     """No control block: CR3 as given, or the processor's own."""
     cpu = session.machine.cpus[0] if session.machine.cpus else None
     root = cr3 if cr3 is not None else cpu.get("cr3") if cpu is not None else None
@@ -108,7 +108,7 @@ def _bare_view(session: Session, host: bool, cr3: Optional[int], nested: Optiona
     return View(whose, paging, nested, _python(paging, nested))
 
 
-def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Optional[NestedTables]) -> View:
+def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Optional[Structure]) -> View:
     if host:
         # After a VM exit a 64-bit host has LMA and LME set whatever IA32_EFER was loaded (SDM vol. 3, Loading Host Control Registers).
         from vtdbg.vmx.controls import control
@@ -124,7 +124,7 @@ def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Opt
     return View(f"guest of {title}", paging, tables, _python(paging, tables))
 
 
-def _vmcb_view(session: Session, vmcb: Vmcb, title: str, nested: Optional[NestedTables]) -> View:
+def _vmcb_view(session: Session, vmcb: Vmcb, title: str, nested: Optional[Structure]) -> View:
     tables = nested
     if tables is None and vmcb["nested_ctl"] & 1:
         tables = npt_of(session, vmcb)
@@ -132,7 +132,7 @@ def _vmcb_view(session: Session, vmcb: Vmcb, title: str, nested: Optional[Nested
     return View(f"guest of {title}", paging, tables, _python(paging, tables))
 
 
-def _python(paging: Paging, nested: Optional[NestedTables]) -> str:
+def _python(paging: Paging, nested: Optional[Structure]) -> str:
     eptp, ncr3 = getattr(nested, "eptp", None), getattr(nested, "ncr3", None)
     words = [f"cr3={paging.cr3:#x}", f"paging={paging.mode!r}"]
     words += [f"eptp={eptp:#x}"] if eptp is not None else [f"ncr3={ncr3:#x}"] if ncr3 is not None else []

@@ -68,6 +68,7 @@ GROUPS: Mapping[str, str] = {
     "npt": "NPT: the same for AMD",
     "gva": "guest-virtual addresses through both dimensions",
     "exit": "VM exits: what they mean and what to do",
+    "caps": "capability MSRs: what a processor allows",
     "source": "what the dump or the target is",
 }
 

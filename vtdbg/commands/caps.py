@@ -1,0 +1,135 @@
+"""`caps show|adjust|presets`: what a processor's capability MSRs allow, and the value that a VMM must write."""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional
+
+from vtdbg import bits
+from vtdbg.commands.registry import Arg, Opt, verb
+from vtdbg.commands.session import Session
+from vtdbg.errors import UsageError
+from vtdbg.numbers import parse_number
+from vtdbg.report import FINDINGS, Group, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.vmx.adjust import ForcedBit
+from vtdbg.vmx.capabilities import WORD_SOURCES, VmxCapabilities, msr_name, presets
+
+SOURCE = Arg("processor", "text", "a file of MSR values (JSON, rdmsr, vmxcap, a log), or the name of a preset (default: --caps)", nargs="?")
+MSR = Opt("--msr", "text", "one MSR by index or name, added to the file's: 0x48b=0x...", many=True, metavar="MSR=VALUE")
+DECODED = {"vmx_basic": 0x480, "vmx_misc": 0x485, "ept_vpid_cap": 0x48C, "feature_control": 0x3A}
+
+
+def capabilities(session: Session, processor: Optional[str], msr: Optional[List[str]]) -> VmxCapabilities:
+    """The capabilities that the user named: a file or preset, and single MSRs on top."""
+    if processor is not None:
+        session.caps_name = processor
+    found = session.caps
+    values: Dict[str, int] = {}
+    for item in msr or []:
+        name, given, value = item.partition("=")
+        if not given:
+            raise UsageError(f"--msr {item!r}: write MSR=VALUE, for instance 0x48b=0x005fbcff00000000")
+        values[name.strip()] = parse_number(value)
+    if found is None and not values:
+        raise UsageError(f"no processor: give a file of MSR values, --msr, or a preset ({', '.join(presets())})")
+    merged: Dict[object, int] = dict(found.items()) if found is not None else {}
+    merged.update(values)
+    width = found.physical_address_width if found is not None else None
+    return VmxCapabilities.from_msrs(merged, physical_address_width=width)  # type: ignore[arg-type]
+
+
+@verb("caps show", "the control words and features that a processor allows", SOURCE, MSR)
+def show(session: Session, processor: Optional[str], msr: Optional[List[str]]) -> Report:
+    """For each control: may it be 1, must it be 1.  A control whose MSR is not known is unknown, not absent."""
+    caps = capabilities(session, processor, msr)
+    report = Report("caps show", python=_python(session, "for index, value in caps.items():", "    print(hex(index), hex(value))"))
+    facts = Pairs("processor")
+    facts.add("physical_address_width", "physical-address width", caps.physical_address_width)
+    facts.add("revision", "VMCS revision", hexa(caps.revision))
+    facts.add("region_size", "VMCS region size", caps.region_size)
+    facts.add("cr0_fixed0", "CR0 bits that must be 1", _fixed("cr0", caps.cr0_fixed0))
+    facts.add("cr0_fixed1", "CR0 bits that may be 1", hexa(caps.cr0_fixed1))
+    facts.add("cr4_fixed0", "CR4 bits that must be 1", _fixed("cr4", caps.cr4_fixed0))
+    facts.add("cr4_fixed1", "CR4 bits that may be 1", hexa(caps.cr4_fixed1))
+    report.add(facts)
+    for name, index in DECODED.items():
+        value = caps.msr(index)
+        if value is not None:
+            report.add(_feature_table(name, value))
+    for word in WORD_SOURCES:
+        report.add(_word_group(caps, word))
+    return report
+
+
+@verb("caps adjust", "the value to write for wanted controls, and what was forced", Arg("word", "choice", "control word", choices=tuple(WORD_SOURCES)),
+      Arg("wanted", "text", "a number, or names of controls (EPT VPID ...)", nargs="+"), Opt("--processor", "text", "file or preset (default: --caps)"), MSR)
+def adjust(session: Session, word: str, wanted: List[str], processor: Optional[str], msr: Optional[List[str]]) -> Report:
+    """The allowed-0/allowed-1 arithmetic with the TRUE MSRs: the value, and every bit that had to change, with why."""
+    caps = capabilities(session, processor, msr)
+    numbers = [item for item in wanted if item[:1].isdigit()]
+    if numbers and len(wanted) > 1:
+        raise UsageError("give one number or names of controls, not both")
+    target = parse_number(numbers[0]) if numbers else [item for item in wanted]
+    found = caps.adjust(word, target)
+    report = Report("caps adjust", python=_python(session, f"print(caps.adjust({word!r}, {target!r}))"))
+    facts = Pairs("adjustment", title=bits.table(word).title)
+    digits = bits.table(word).width // 4
+    facts.add("wanted", "wanted", hexa(found.wanted, digits))
+    facts.add("value", "write", hexa(found.value, digits, "strong"))
+    facts.add("source", "by", f"{msr_name(found.source_msr)} ({found.source_msr:#x})" if found.source_msr is not None else None)
+    report.add(facts)
+    for key, title, rows, style in (("forced_on", "Forced to 1", found.forced_on, ""), ("forced_off", "Not available: forced to 0", found.forced_off, "bad")):
+        if rows:
+            report.add(_forced_table(key, title, rows, style))
+    if found.notes:
+        report.add(Lines("notes", list(found.notes), bullet="- "))
+    if found.possible is not True:
+        report.status = FINDINGS
+    return report
+
+
+@verb("caps presets", "the processors whose capability MSRs ship with vtdbg")
+def list_presets(session: Session) -> Report:
+    """Named sets of capability MSRs for --caps, with where their values are from."""
+    table = Table("presets", (("name", "name"), ("msrs", "MSRs"), ("width", "address bits"), ("source", "from")), wrap="source")
+    for name in presets():
+        caps = VmxCapabilities.preset(name)
+        table.add(name, str(len(caps)), caps.physical_address_width, caps.origin)
+    return Report("caps presets", [table], python=["from vtdbg.vmx.capabilities import presets", "print(presets())"])
+
+
+def _fixed(name: str, value: Optional[int]) -> Value:
+    return Value(None, "unknown", "dim") if value is None else Value(f"{value:#x}", f"{value:#x} {bits.describe(name, value)}")
+
+
+def _feature_table(name: str, value: int) -> Table:
+    layout = bits.table(name)
+    table = Table(name, (("name", "feature"), ("value", "value"), ("bits", "bits")), title=f"{layout.title} {value:#x}", headings=False, wrap="name")
+    for decoded in layout.decode(value):
+        if decoded.ident:
+            flag = decoded.field.kind == "flag"
+            shown = ("yes" if decoded.number else "no") if flag else decoded.meaning
+            table.add(decoded.field.name, Value(decoded.number, shown, "dim" if flag and not decoded.number else ""), text(decoded.field.bits, "dim"))
+    return table
+
+
+def _word_group(caps: VmxCapabilities, word: str) -> Group:
+    layout, allowed = bits.table(word), caps.allowed(word)
+    where = f" ({msr_name(allowed.source_msr)})" if allowed is not None else ": unknown, its MSR was not given"
+    table = Table("controls", (("name", "control"), ("allowed", "allowed"), ("bit", "bit"), ("ident", "")), headings=False)
+    for row in layout.fields:
+        if row.ident:
+            may, must = caps.supports(word, row.ident), caps.forced(word, row.ident)
+            words = "unknown" if may is None else "no" if not may else "must be 1" if must else "yes"
+            table.add(row.name, Value({"may": may, "must": must}, words, "dim" if not may else ""), text(row.bits, "dim"), row.ident)
+    return Group("words", layout.title + where, [table], {"word": word})
+
+
+def _forced_table(key: str, title: str, rows: "tuple[ForcedBit, ...]", style: str) -> Table:
+    table = Table(key, (("bit", "bit"), ("ident", "control"), ("why", "why"), ("name", "")), title=title, headings=False, wrap="why")
+    for row in rows:
+        table.add(str(row.bit), text(row.ident or "reserved", style), row.why, row.name)
+    return table
+
+
+def _python(session: Session, *lines: str) -> List[str]:
+    return ["import vtdbg", f"caps = vtdbg.VmxCapabilities.load({session.caps_name!r})" if session.caps_name else "caps = vtdbg.VmxCapabilities.from_msrs({})", *lines]

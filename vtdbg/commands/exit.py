@@ -1,0 +1,224 @@
+"""`exit explain|reasons`: what a VM exit means and what its handler has to do."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional
+
+from vtdbg.commands.registry import Arg, Opt, verb
+from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
+from vtdbg.commands.session import Session
+from vtdbg.commands.vmcb import STALE_VMCB
+from vtdbg.errors import FormatError, UsageError
+from vtdbg.explain import Advice, Explanation, Fact
+from vtdbg.numbers import parse_number
+from vtdbg.report import Block, Group, Lines, Report, Table, Value, hexa, text
+from vtdbg.svm import exit_codes
+from vtdbg.svm.exits import explain_svm_exit
+from vtdbg.vmx import exits as vmx_exits
+
+ADVICE_TITLES = {"rip": "RIP", "event": "event", "shadow": "interruptibility", "cause": "cause", "avoid": "avoid", "emulate": "handler", "fix": "fix"}
+
+NUMBERS = (
+    Opt("--reason", "text", "exit-reason word or basic reason (number), or its name", metavar="N|NAME"),
+    Opt("--qualification", "int", "exit qualification"),
+    Opt("--instruction-info", "int", "VM-exit instruction information"),
+    Opt("--interruption-info", "int", "VM-exit interruption information"),
+    Opt("--error-code", "int", "VM-exit interruption error code"),
+    Opt("--idt-vectoring-info", "int", "IDT-vectoring information"),
+    Opt("--idt-vectoring-error-code", "int", "IDT-vectoring error code"),
+    Opt("--instruction-length", "int", "VM-exit instruction length"),
+    Opt("--guest-linear-address", "int", "guest-linear address"),
+    Opt("--guest-physical-address", "int", "guest-physical address"),
+)
+SVM_NUMBERS = (
+    Opt("--exit-code", "text", "SVM: EXITCODE (number), or its name", metavar="N|NAME"),
+    Opt("--exit-info-1", "int", "SVM: EXITINFO1"),
+    Opt("--exit-info-2", "int", "SVM: EXITINFO2"),
+    Opt("--exit-int-info", "int", "SVM: EXITINTINFO"),
+    Opt("--event-inj", "int", "SVM: EVENTINJ"),
+)
+
+
+@verb("exit explain", "what an exit means, from memory, a log or numbers",
+      Arg("address", "address", "physical address of the VMCS or VMCB (default: every one that a scan finds)", nargs="?"),
+      *NUMBERS, *SVM_NUMBERS,
+      Opt("--reg", "text", "a guest register, for operands: rbx=0x1000", many=True, metavar="NAME=VALUE"),
+      Opt("--instruction-error", "int", "explain a VM-instruction error instead"),
+      Opt("--abort", "int", "explain a VMX-abort indicator instead"),
+      Opt("--vmcb", "flag", "the address is that of a VMCB"),
+      Opt("--text", "path", "take the VMCS or VMCB from a log; - is the standard input", metavar="FILE"),
+      Opt("--index", "int", "which dump of the text, from 0"))
+def explain(session: Session, address: Optional[int], reg: Optional[List[str]], instruction_error: Optional[int], abort: Optional[int],
+            vmcb: bool, text: Optional[str], index: Optional[int], **numbers: Any) -> Report:
+    """Every number in words, the operand and the instruction where memory and registers are known, and the advice for the handler:
+    does RIP advance, what has to be injected again, which control caused the exit, how to avoid it.
+    """
+    report = Report("exit explain")
+    registers = _registers(reg or [])
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if instruction_error is not None or abort is not None:
+        _numbered(report, instruction_error, abort)
+        return report
+    if text is not None:
+        _from_text(report, text, index, registers, given)
+    elif address is None and ("reason" in given or "exit_code" in given):
+        _from_numbers(report, given, registers)
+    else:
+        _from_memory(report, session, address, vmcb, registers, given)
+    return report
+
+
+@verb("exit reasons", "every exit reason and exit code in one list", Arg("which", "choice", "vmx or svm", nargs="?", choices=("vmx", "svm")))
+def reasons(session: Session, which: Optional[str]) -> Report:
+    """The basic exit reasons of the SDM and the exit codes of the APM, with the kernel's names."""
+    report = Report("exit reasons", python=["from vtdbg.vmx.exits import reasons", "for number, row in reasons().items():", "    print(number, row.name, row.title)"])
+    if which != "svm":
+        table = Table("vmx", (("number", "reason"), ("hex", "hex"), ("name", "name"), ("title", "meaning")), title="VMX basic exit reasons")
+        for number, row in vmx_exits.reasons().items():
+            table.add(Value(number, str(number)), hexa(number, 2), row.name, row.title)
+        report.add(table)
+    if which != "vmx":
+        table = Table("svm", (("code", "code"), ("name", "name"), ("title", "meaning")), title="SVM exit codes")
+        for code, known in exit_codes.exit_codes().items():
+            table.add(hexa(code, 3), known.name, known.title)
+        report.add(table)
+    return report
+
+
+def _registers(assignments: List[str]) -> Dict[str, Optional[int]]:
+    registers: Dict[str, Optional[int]] = {}
+    for item in assignments:
+        name, found, value = item.partition("=")
+        if not found:
+            raise UsageError(f"--reg {item!r}: write NAME=VALUE, for instance rbx=0x1000")
+        registers[name.strip().lower()] = parse_number(value)
+    return registers
+
+
+def _split(given: Mapping[str, Any]) -> "tuple[Dict[str, Any], Dict[str, Any]]":
+    """The numbers of VMX and those of SVM; mixing them is an error."""
+    svm_names = {option.dest for option in SVM_NUMBERS}
+    svm = {name: value for name, value in given.items() if name in svm_names}
+    vmx = {name: value for name, value in given.items() if name not in svm_names}
+    for numbers, key in ((svm, "exit_code"), (vmx, "reason")):
+        if isinstance(numbers.get(key), str):
+            numbers[key] = _number_or_name(numbers[key])
+    if svm and vmx:
+        raise UsageError(f"--{next(iter(svm)).replace('_', '-')} is of SVM and --{next(iter(vmx)).replace('_', '-')} of VMX: an exit is one or the other")
+    return vmx, svm
+
+
+def _number_or_name(given: str) -> Any:
+    return parse_number(given) if given[:1].isdigit() or given[:1] == "-" else given
+
+
+def _from_numbers(report: Report, given: Mapping[str, Any], registers: Mapping[str, Optional[int]]) -> None:
+    vmx, svm = _split(given)
+    if svm:
+        found: Explanation = explain_svm_exit(registers=registers, **svm)
+    else:
+        found = vmx_exits.explain_vm_exit(registers=registers, **vmx)
+    report.add(explanation_group(found, ""))
+    call = "explain_svm_exit" if svm else "explain_vm_exit"
+    report.python = ["import vtdbg", f"exit = vtdbg.{call}({_arguments(svm or vmx, registers)})", "print(exit)"]
+
+
+def _arguments(numbers: Mapping[str, Any], registers: Mapping[str, Optional[int]]) -> str:
+    words = [f"{name}={value:#x}" if isinstance(value, int) else f"{name}={value!r}" for name, value in numbers.items()]
+    return ", ".join(words + ([f"registers={dict(registers)!r}"] if registers else []))
+
+
+def _from_text(report: Report, path: str, index: Optional[int], registers: Mapping[str, Optional[int]], given: Mapping[str, Any]) -> None:
+    from vtdbg import textdump
+    from vtdbg.commands.select import read_text
+
+    vmx, svm = _split(given)
+    dumps = textdump.parse(read_text(path))
+    if not dumps:
+        raise FormatError(path, "no VMCS or VMCB dump in this text")
+    if index is not None and not 0 <= index < len(dumps):
+        raise UsageError(f"--index {index}: the text has {len(dumps)} dumps, 0 to {len(dumps) - 1}")
+    report.header = f"from text {path}"
+    for number, dump in enumerate(dumps):
+        if index is not None and number != index:
+            continue
+        if dump.kind == "vmcb":
+            found: Explanation = explain_svm_exit(vmcb=dump.vmcb(), registers=registers, **svm)
+        else:
+            found = vmx_exits.explain_vm_exit(vmcs=dump.vmcs(), registers=registers, **vmx)
+        report.add(explanation_group(found, f"dump {number}, lines {dump.first_line} to {dump.last_line}"))
+    report.python = ["import vtdbg", "from vtdbg.vmx.exits import explain_vmcs", f"print(explain_vmcs(vtdbg.Vmcs.from_text(open({path!r}).read())))"]
+
+
+def _from_memory(report: Report, session: Session, address: Optional[int], vmcb: bool, registers: Mapping[str, Optional[int]],
+                 given: Mapping[str, Any]) -> None:
+    vmx, svm = _split(given)
+    memory = session.machine.memory
+    report.header, report.notes = session.header(), list(session.machine.warnings)
+    report.python = [*session.python_open(), "from vtdbg.vmx.exits import explain_vmcs"]
+    if not vmcb and not svm and (address is not None or found_blocks(session, "vmcs")):
+        report.notes.append(STALE_VMCS)
+        for item in chosen_vmcs(session, address):
+            found: Explanation = vmx_exits.explain_vm_exit(vmcs=item.vmcs, memory=memory, registers=registers, **vmx)
+            report.add(explanation_group(found, item.title))
+            report.python.append(f"print(explain_vmcs(vtdbg.Vmcs.from_page(machine.memory.read_page({item.address:#x})), machine.memory))")
+        return
+    report.notes.append(STALE_VMCB)
+    for block in chosen_vmcb(session, address):
+        found = explain_svm_exit(vmcb=block.vmcb, registers=registers, **svm)
+        report.add(explanation_group(found, block.title))
+        report.python.append(f"print(vtdbg.explain_svm_exit(vmcb=vtdbg.Vmcb.from_page(machine.memory.read_page({block.address:#x}))))")
+
+
+def _numbered(report: Report, instruction_error: Optional[int], abort: Optional[int]) -> None:
+    if instruction_error is not None:
+        report.add(explanation_group(vmx_exits.explain_instruction_error(instruction_error), "", "VM-instruction error"))
+    if abort is not None:
+        report.add(explanation_group(vmx_exits.explain_abort(abort), "", "VMX abort"))
+    report.python = ["from vtdbg.vmx.exits import explain_abort, explain_instruction_error",
+                     f"print(explain_instruction_error({instruction_error}))" if instruction_error is not None else f"print(explain_abort({abort}))"]
+
+
+def explanation_group(found: Explanation, where: str, kind: str = "") -> Group:
+    """An explanation under one title: facts by field, what is stale, advice."""
+    label = kind or ("exit code" if found.kind == "svm" else "exit reason")
+    number = f"{found.code:#x}" if found.kind == "svm" else str(found.code)
+    words = f": {found.title}" if found.title.lower() != found.name.lower() else ""
+    title = f"{label} {number} {found.name}{words}" + (f" ({where})" if where else "")
+    data = {"kind": found.kind, "code": found.code, "name": found.name, "known": found.known, "see": found.see, "where": where}
+    blocks: List[Block] = []
+    summary = getattr(found, "summary", "")
+    if summary:
+        blocks.append(Lines("summary", [text(summary, "strong")]))
+    blocks.append(_facts("facts", found.facts, ""))
+    if found.stale:
+        blocks.append(_facts("stale", found.stale, "Not of this exit", dim=True))
+    if found.advice:
+        blocks.append(_advice(found.advice))
+    if found.notes:
+        blocks.append(Lines("notes", list(found.notes), title="Notes", bullet="- "))
+    if found.see:
+        blocks.append(Lines("see_lines", [Value(None, f"see: {found.see}", "dim")]))
+    return Group("exit", title, blocks, data)
+
+
+def _facts(key: str, facts: "tuple[Fact, ...]", title: str, dim: bool = False) -> Table:
+    table = Table(key, (("label", "what"), ("value", "value"), ("meaning", "meaning"), ("group", ""), ("source", ""), ("warning", "")),
+                  title=title, wrap="meaning", headings=False)
+    for fact in facts:
+        style = "bad" if fact.warning else "dim" if dim else ""
+        meaning = "; ".join(part for part in (_meaning(fact), fact.warning) if part)
+        table.add(text(fact.label, style), hexa(fact.value, style=style), Value(fact.meaning, meaning, style), fact.group, fact.source, fact.warning)
+    return table
+
+
+def _meaning(fact: Fact) -> str:
+    """The meaning where it adds something to the value."""
+    return "" if fact.value is not None and fact.meaning in (str(fact.value), f"{fact.value:#x}") else fact.meaning
+
+
+def _advice(advice: "tuple[Advice, ...]") -> Table:
+    table = Table("advice", (("kind", "kind"), ("text", "what to do"), ("see", "")), title="What to do", headings=False)
+    for item in advice:
+        table.add(text(ADVICE_TITLES[item.kind], "strong"), item.text, item.see)
+    return table
