@@ -404,7 +404,7 @@ def _cet_wp(state: SvmState) -> Wrong:
 def _cet_vm86(state: SvmState) -> Wrong:
     # U_CET is not in the VMCB: it is the processor's at the time of the VMRUN.
     u_cet = state.host_register("u_cet", "U_CET at the VMRUN")
-    return f"CR4.CET, U_CET.SH_STK_EN (U_CET is {u_cet:#x}) and RFLAGS.VM are 1" if u_cet & 1 else None
+    return f"CR4.CET is 1, U_CET {u_cet:#x} has SH_STK_EN (bit 0) and rflags {state['rflags']:#x} has VM (bit 17)" if u_cet & 1 else None
 
 
 PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
