@@ -195,7 +195,8 @@ def test_a_field_that_does_not_count_says_why(values: Dict[str, int], field: str
 @pytest.mark.parametrize(("values", "field"), [
     ({"nested_ctl": 1}, "nested_cr3"), ({"event_inj": 0x80000306}, "event_inj"), ({"event_inj": 0x80000B0E}, "event_inj_err"),
     ({"exit_code": 0x400}, "exit_info_2"), ({"exit_code": 0x72}, "next_rip"), ({"exit_code": 0x400}, "insn_bytes"),
-    ({"int_ctl": 1 << 31}, "avic_vapic_bar"), ({"nested_ctl": 0}, "rip"), ({}, "nested_cr3"), ({}, "exit_info_1"), ({"exit_code": 0x3F7}, "exit_info_1")])
+    ({"int_ctl": 1 << 31}, "avic_vapic_bar"), ({"nested_ctl": 0}, "rip"), ({}, "nested_cr3"),
+    ({}, "exit_info_1"), ({"exit_code": 0x3F7}, "exit_info_1")])
 def test_a_field_that_counts_or_of_which_nothing_is_known_has_no_reason(values: Dict[str, int], field: str) -> None:
     """A missing control makes the answer unknown, which is not "unused"."""
     assert unused_because(Vmcb.from_values(values), field) is None
