@@ -72,6 +72,9 @@ GROUPS: Mapping[str, str] = {
     "source": "what the dump or the target is",
 }
 
+# Verbs of a group that live in a module of their own.
+MORE_MODULES: Mapping[str, Tuple[str, ...]] = {"vmcs": ("checks",), "vmcb": ("checks",)}
+
 _VERBS: Dict[Tuple[str, ...], Verb] = {}
 
 
@@ -92,7 +95,8 @@ def verbs_of(group: str) -> List[Verb]:
     """The verbs of a group, in the order of their declaration."""
     if group not in GROUPS:
         raise UnknownName("command", group, near_names(group, GROUPS))
-    importlib.import_module(f"vtdbg.commands.{group}")
+    for module in (group, *MORE_MODULES.get(group, ())):
+        importlib.import_module(f"vtdbg.commands.{module}")
     return [found for words, found in _VERBS.items() if words[0] == group]
 
 
