@@ -35,7 +35,7 @@ CLASSES = {
 
 _REASONS = {
     "vmxon-region": "nothing except its revision identifier: a VMXON region, or a VMCS that was never written back to memory",
-    "empty": "nothing except KVM's vmcs12 revision identifier: a guest's VMXON region, or a vmcs12 that is current, whose live copy KVM keeps elsewhere",
+    "empty": "nothing except KVM's vmcs12 revision identifier: a guest's VMXON region, or a vmcs12 whose live copy KVM keeps elsewhere",
 }
 
 Progress = Callable[[int], None]
@@ -222,7 +222,7 @@ class _VmcsFinder(_Finder):
         if is_empty(page):
             return self._judge_empty(address, page)
         survivors = self._revisions.survivors(page)
-        ranked = rank(page, survivors)
+        ranked = rank(page, survivors) if survivors else []
         if not ranked or not ranked[0].fits:
             return self._reject(address, page, ranked)
         revision, shadow, _ = header_words(page)

@@ -18,6 +18,7 @@ from vtdbg.vmx.vmcs import Vmcs
 DISTINCTIVE = 0x10000
 """Below it a revision identifier is a small number, with which any page may begin by accident."""
 
+_HEADER = struct.Struct("<II")
 _ENOUGH = 5
 _ENOUGH_WITH_ABORT = 12
 
@@ -42,13 +43,14 @@ class RevisionFilter:
 
         A page of a small revision identifier whose abort indicator is no abort code needs more of them.
         """
-        revision, _, abort = vmcs_layouts.header_words(page)
-        needed = _ENOUGH_WITH_ABORT if revision < DISTINCTIVE and abort > 0xFF else _ENOUGH
+        first, abort = _HEADER.unpack_from(page)
+        revision = first & ~SHADOW_BIT
+        needed = _ENOUGH_WITH_ABORT if abort > 0xFF and revision < DISTINCTIVE else _ENOUGH
         return [reader.layout for reader in self._of(revision) if reader.points(page) >= needed]
 
     def reasons(self, page: bytes) -> Tuple[Optional[Layout], List[Evidence]]:
         """For a page without survivors: the layout that came nearest and what speaks against it."""
-        readers = [reader for reader in self._of(vmcs_layouts.header_words(page)[0]) if reader.layout.extent <= len(page)]
+        readers = [reader for reader in self._of(vmcs_layouts.header_words(page)[0]) if reader.fits_in(page)]
         if not readers:
             return None, [Evidence(-1, f"{len(page)} bytes are too short")]
         best = max(readers, key=lambda reader: reader.points(page))
@@ -79,25 +81,30 @@ class _StrongFields:
             form += f"{offset - at}x{'IQ'[size == 8]}"
             at = offset + size
         self._struct = struct.Struct(form)
-        self._rules = [STRONG[encoding] for _, _, encoding in places]
+        self._rules = [(STRONG[encoding].judge, STRONG[encoding].good, STRONG[encoding].bad) for _, _, encoding in places]
+        self._encodings = [encoding for _, _, encoding in places]
+        self._needed = max(self._struct.size, layout.extent)
+
+    def fits_in(self, page: bytes) -> bool:
+        return len(page) >= self._needed
 
     def points(self, page: bytes) -> int:
-        if len(page) < max(self._struct.size, self.layout.extent):
+        if len(page) < self._needed:
             return -1
         total = 0
-        for rule, value in zip(self._rules, self._struct.unpack_from(page)):
+        for (judge, good, bad), value in zip(self._rules, self._struct.unpack_from(page)):
             if value:
-                verdict = rule.judge(value)
-                total += rule.good if verdict else rule.bad if verdict is False else 0
+                verdict = judge(value)
+                total += good if verdict else bad if verdict is False else 0
         return total
 
     def values(self, page: bytes) -> Mapping[int, int]:
-        return {rule.encodings[0]: value for rule, value in zip(self._rules, self._struct.unpack_from(page))}
+        return dict(zip(self._encodings, self._struct.unpack_from(page)))
 
 
 # --- what several pages say about one another -------------------------------------------------------------------------------------
 
-NO_LINK = (1 << 64) - 1
+_LINK_POINTER, _VPID, _EPT_POINTER = 0x2800, 0x0000, 0x201A
 _GUEST_STATE = (0x681C, 0x6802, 0x6816, 0x6818, 0x6814, 0x680E, 0x6810, 0x0802, 0x080E, 0x4810, 0x4812, 0x6800)
 """Guest RSP, CR3, GDTR, IDTR, TR, FS, GS base, CS and TR selector, GDTR and IDTR limit, CR0."""
 
@@ -134,7 +141,7 @@ def _say(said: Dict[int, List[str]], address: int, words: str) -> None:
 def _links(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
     shadows = {item.address for item in known if item.vmcs.shadow}
     for item in known:
-        target = item.vmcs.get("VMCS_LINK_POINTER")
+        target = item.vmcs.get(_LINK_POINTER)
         if target in shadows and not item.vmcs.shadow:
             _say(said, item.address, f"its link pointer names the shadow VMCS at {target:#x}")
             _say(said, target or 0, f"the link pointer of {item.address:#x} names it")
@@ -143,7 +150,7 @@ def _links(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
 def _same_vpid(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
     by_vpid: Dict[int, List[int]] = {}
     for item in known:
-        vpid = item.vmcs.get("VIRTUAL_PROCESSOR_ID")
+        vpid = item.vmcs.get(_VPID)
         if vpid and not item.software and not item.vmcs.shadow:
             by_vpid.setdefault(vpid, []).append(item.address)
     for vpid, addresses in by_vpid.items():
@@ -155,7 +162,7 @@ def _same_vpid(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
 def _same_guest(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
     for item in known:
         for nested in known if not item.software and not item.vmcs.shadow else ():
-            if not nested.software or not nested.vmcs.get("GUEST_RSP"):
+            if not nested.software or not nested.vmcs.get(_GUEST_STATE[0]):
                 continue
             pairs = [(item.vmcs.get(encoding), nested.vmcs.get(encoding)) for encoding in _GUEST_STATE]
             used = [(one, other) for one, other in pairs if one and other]
@@ -168,7 +175,7 @@ def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemor
     mapped: Set[int] = set()
     searched = []
     for item in known:
-        eptp = item.vmcs.get("EPT_POINTER")
+        eptp = item.vmcs.get(_EPT_POINTER)
         if item.software or item.vmcs.shadow or not eptp or eptp >> 3 & 7 != 3:
             continue
         pages, complete = find_in_ept(memory, eptp, wanted)

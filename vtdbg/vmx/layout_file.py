@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+import os
+from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union
 
 from vtdbg.errors import FormatError, UnknownName
 from vtdbg.names import near_names
 from vtdbg.vmx import fields as vmcs_fields
+from vtdbg.vmx.fields import VmcsField
 from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField, Span
+
+PathLike = Union[str, "os.PathLike[str]"]
 
 _MAX_FILE = 1 << 20
 _KEYS = frozenset({"id", "title", "revision_ids", "region_size", "header", "launch_states", "access_rights", "complete", "other",
@@ -19,7 +22,7 @@ _STORED_SIZES = {"16": (2, 4, 8), "32": (4, 8), "64": (8,), "natural": (4, 8)}
 fields in 4."""
 
 
-def load_layout(path: "str | Path") -> Layout:
+def load_layout(path: PathLike) -> Layout:
     """A layout out of a user's JSON file:
 
         {"id": "mine", "title": "...", "revision_ids": ["0x2b"], "access_rights": "plain",
@@ -42,7 +45,7 @@ def load_layout(path: "str | Path") -> Layout:
         raise FormatError(path, f"cannot read the layout file: {error.strerror or error}") from error
     if len(data) > _MAX_FILE:
         raise FormatError(path, f"larger than {_MAX_FILE >> 20} MiB: not a layout file")
-    return parse_layout(data, str(path))
+    return parse_layout(data, os.fsdecode(path))
 
 
 def parse_layout(data: bytes, path: str) -> Layout:
@@ -56,7 +59,7 @@ def parse_layout(data: bytes, path: str) -> Layout:
     return _LayoutFile(path, content).layout()
 
 
-def save_layout(layout: Layout, path: "str | Path") -> None:
+def save_layout(layout: Layout, path: PathLike) -> None:
     """`layout` as a JSON file that `load_layout` reads back to an equal layout.  Raises FormatError where the file cannot be written."""
     content: Dict[str, Any] = {"id": layout.id, "title": layout.title, "revision_ids": [hex(number) for number in layout.revision_ids],
                                "region_size": layout.region_size}
@@ -73,7 +76,8 @@ def save_layout(layout: Layout, path: "str | Path") -> None:
     content["fields"] = {vmcs_fields.find(encoding).name: {"offset": place.offset, "size": place.size, **({"note": place.note} if place.note else {})}
                          for encoding, place in layout.fields.items()}
     try:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise FormatError(path, f"cannot write the layout file: {error.strerror or error}") from error
 
@@ -133,11 +137,9 @@ class _LayoutFile:
 
     def _fields(self, form: str) -> Iterator[Tuple[int, LayoutField]]:
         named: Dict[int, str] = {}
+        canonical = {row.name: row for row in vmcs_fields.fields().values()}
         for name, place in self._object("'fields'", self.content["fields"]).items():
-            try:
-                field = vmcs_fields.find(name)
-            except UnknownName as error:
-                raise self._error(str(error)) from error
+            field = canonical.get(name) or self._field(name)
             if field.encoding in named:
                 raise self._error(f"{field.name} is given twice, as {named[field.encoding]!r} and {name!r}")
             named[field.encoding] = name
@@ -160,6 +162,12 @@ class _LayoutFile:
                 raise self._error(f"{name} ({field.width}{'-bit' if field.width != 'natural' else ' width'}) cannot be {found.size} bytes: "
                                   f"{' or '.join(str(size) for size in sizes)}")
             yield field.encoding, found
+
+    def _field(self, name: str) -> VmcsField:
+        try:
+            return vmcs_fields.find(name)
+        except UnknownName as error:
+            raise self._error(str(error)) from error
 
     def _check_header(self, header: Mapping[str, Span]) -> None:
         for name, (offset, size) in header.items():

@@ -75,7 +75,7 @@ class Layout:
     notes: Tuple[str, ...] = ()
     valid_for: str = ""
 
-    @property
+    @cached_property
     def extent(self) -> int:
         """Bytes of a page that decoding needs: the end of the last field."""
         return max([place.end for place in self.fields.values()] + [8])

@@ -12,7 +12,6 @@ import os
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from vtdbg.bits import read_rows
@@ -20,7 +19,7 @@ from vtdbg.errors import FormatError, UnknownName
 from vtdbg.evidence import Evidence
 from vtdbg.names import near_names
 from vtdbg.vmx import fields as vmcs_fields
-from vtdbg.vmx.layout_file import load_layout, parse_layout, save_layout
+from vtdbg.vmx.layout_file import PathLike, load_layout, parse_layout, save_layout
 from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField
 from vtdbg.vmx.plausibility import judge_values
 from vtdbg.vmx.vmcs import FieldValue, Vmcs
@@ -104,6 +103,8 @@ def _packaged(name: str) -> Layout:
 
 # --- recognition by content ------------------------------------------------------------------------------------------------------
 
+_ZEROS = bytes(PAGE_SIZE)
+
 FITS = 20
 """A candidate with fewer points does not count: the accidents that were met in real memory stay below 0, real VMCSs stand above 60,
 pages of which a layout knows few fields reach about 25."""
@@ -133,7 +134,7 @@ def header_words(page: bytes) -> Tuple[int, bool, int]:
 
 def is_empty(page: bytes) -> bool:
     """Nothing but the header: a VMXON region, a VMCS that no processor has written back yet, or zeros."""
-    return page.count(0, 12) == len(page) - 12
+    return page[12:] == _ZEROS[12:len(page)]
 
 
 def score_page(page: bytes, layout: Layout) -> Candidate:
@@ -196,7 +197,7 @@ def _coverage(page: bytes, layout: Layout) -> List[Evidence]:
 # --- decoding --------------------------------------------------------------------------------------------------------------------
 
 
-def decode_page(page: bytes, layout: "Union[str, Layout, Path, None]" = None, source: str = "page", extra: Sequence[Layout] = ()) -> Vmcs:
+def decode_page(page: bytes, layout: "Union[PathLike, Layout, None]" = None, source: str = "page", extra: Sequence[Layout] = ()) -> Vmcs:
     """The bytes of a VMCS region as values by field.
 
     `layout`: a name of `layouts()`, the path of a layout file, a Layout, or None to recognise it by content (`extra`: more layouts to
@@ -228,11 +229,11 @@ def decode_candidates(page: bytes, found: Sequence[Candidate], source: str, hint
     return _decoded(page, best.layout, source, found, warnings)
 
 
-def find_layout(layout_or_name: Union[str, Layout, Path]) -> Layout:
+def find_layout(layout_or_name: "Union[PathLike, Layout]") -> Layout:
     """A layout as users name it: the id of a packaged one, the path of a file (it ends in .json or has a separator), or the thing itself."""
     if isinstance(layout_or_name, Layout):
         return layout_or_name
-    if isinstance(layout_or_name, Path) or layout_or_name.endswith(".json") or os.sep in layout_or_name:
+    if not isinstance(layout_or_name, str) or layout_or_name.endswith(".json") or os.sep in layout_or_name:
         return load_layout(layout_or_name)
     return layout(layout_or_name)
 

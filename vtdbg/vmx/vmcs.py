@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Mapping, Optional, Sequence, Union
 
 from vtdbg.record import MissingField, Name, Record, checked_values
@@ -11,6 +10,8 @@ from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.fields import VmcsField
 
 if TYPE_CHECKING:
+    import os
+
     from vtdbg.vmx.layouts import Candidate, Layout
 
 __all__ = ["FieldValue", "MissingField", "Name", "Vmcs"]
@@ -69,7 +70,7 @@ class Vmcs(Record[VmcsField, FieldValue]):
         return cls(checked_values(values, vmcs_fields.find, lambda field, value: FieldValue(field, value, source)), source)
 
     @classmethod
-    def from_page(cls, page: bytes, layout: "Union[str, Layout, Path, None]" = None, source: str = "page") -> "Vmcs":
+    def from_page(cls, page: bytes, layout: "Union[str, os.PathLike[str], Layout, None]" = None, source: str = "page") -> "Vmcs":
         """Bytes of a VMCS region (up to 4096).  `layout` by name, by file or as an object; None recognises it by content.
 
         Raises FormatError where no layout fits, or where two fit equally well: the error lists the candidates with their scores.
