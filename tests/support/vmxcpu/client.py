@@ -84,7 +84,8 @@ class Worker:
     """A process that has one processor model.  Use as a context manager, or call `close`.
 
     `revision`, `layout` ({encoding: (offset, bytes, rotation)}), `msrs` ({index: value}, absent where RDMSR faults), `cpuid`
-    ({leaf: (eax, ebx, ecx, edx)}) and `physical_address_width` are what the processor says of itself.
+    ({leaf: (eax, ebx, ecx, edx)}) and `physical_address_width` are what the processor says of itself; `memory` is its memory from address 0 at
+    the start of a case.  Other addresses read as zeros until something writes them.
     """
 
     def __init__(self, model: str = "corei3_cnl") -> None:
@@ -101,6 +102,7 @@ class Worker:
         self.msrs: Dict[int, int] = about["msrs"]
         self.cpuid: Dict[int, Tuple[int, int, int, int]] = about["cpuid"]
         self.physical_address_width: int = about["physical_address_width"]
+        self.memory: bytes = about["memory"]
 
     def __enter__(self) -> "Worker":
         return self

@@ -76,7 +76,7 @@ class Processor:
             self._add_page(number << 12)
         self.hook = bochscpu.Hook()
         self.hook.exception = lambda s, c, vector, error: self._exception(vector, error)
-        self.hook.hlt = lambda s, c: self._stop(("hlt",))
+        self.hook.hlt = lambda s, c: self._events.append(("hlt",))      # the wait that follows ends the run
         self.hook.vmexit = lambda s, c, reason, qualification: self._events.append(("vmexit", reason, qualification))
         self.hook.reset = lambda s, c, kind: self._stop(("reset", kind))
         self.hook.before_execution = self._count
@@ -89,7 +89,7 @@ class Processor:
         self.layout = self._learn_layout()
         self.physical_address_width = self._cpuid(0x80000008)[0] & 0xFF
         self.cpuid = {leaf: self._cpuid(leaf) for leaf in (0, 1, 7, 0xD, 0x12, 0x14, 0x80000001, 0x80000008)}
-        self._pristine = self.read(0, FIXED_PAGES << 12)
+        self.pristine = self.read(0, FIXED_PAGES << 12)
 
     # -- memory ------------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Processor:
 
     def restore(self) -> None:
         """Memory as it was before the case: the fixed pages put back, pages that appeared on demand emptied."""
-        self.write(0, self._pristine)
+        self.write(0, self.pristine)
         for page in self._on_demand:
             ctypes.memset(self._host_page[page], 0, 0x1000)
 

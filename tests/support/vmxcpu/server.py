@@ -90,7 +90,7 @@ def main() -> None:
     os.dup2(2, 1)   # Bochs and the wheel print where they like
     processor = Processor()
     send(answers, {"revision": processor.revision, "layout": processor.layout, "msrs": processor.msrs, "cpuid": processor.cpuid,
-                   "physical_address_width": processor.physical_address_width})
+                   "physical_address_width": processor.physical_address_width, "memory": processor.pristine})
     while (cases := receive(requests)) is not None:
         send(answers, run_batch(processor, cases))
     sys.stdout.flush()
