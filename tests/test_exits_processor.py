@@ -79,7 +79,8 @@ def address_by_capstone(decoded: "capstone.CsInsn", registers: Mapping[str, int]
 
 
 VMX_FORMS = [("INVEPT", "0f3880", None, "66", 50), ("INVVPID", "0f3881", None, "66", 53), ("VMPTRLD", "0fc7", 6, "", 21),
-             ("VMPTRST", "0fc7", 7, "", 22), ("VMCLEAR", "0fc7", 6, "66", 19), ("VMXON", "0fc7", 6, "f3", 27), ("VMREAD", "0f78", None, "", 23), ("VMWRITE", "0f79", None, "", 25)]
+             ("VMPTRST", "0fc7", 7, "", 22), ("VMCLEAR", "0fc7", 6, "66", 19), ("VMXON", "0fc7", 6, "f3", 27),
+             ("VMREAD", "0f78", None, "", 23), ("VMWRITE", "0f79", None, "", 25)]
 OTHER_FORMS = [("INVPCID", "0f3882", None, "66", 58), ("SGDT", "0f01", 0, "", 46), ("SIDT", "0f01", 1, "", 46), ("LGDT", "0f01", 2, "", 46),
                ("LIDT", "0f01", 3, "", 46), ("SLDT", "0f00", 0, "", 47), ("STR", "0f00", 1, "", 47), ("LLDT", "0f00", 2, "", 47),
                ("LTR", "0f00", 3, "", 47)]
