@@ -8,6 +8,7 @@ from typing import Any, Dict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.vmxcpu import Case, Worker
 
 from vtdbg import bits
 from vtdbg.errors import FormatError, UnknownName, VtdbgError
@@ -84,6 +85,53 @@ def test_the_bochs_preset_is_what_rdmsr_said(intel_plain_truth: Dict[str, Any]) 
     caps = VmxCapabilities.preset("bochs-2.7-skylake-x")
     expected = {int(key, 16): int(value, 16) for key, value in intel_plain_truth["msrs"].items()}
     assert dict(caps.items()) == {index: value for index, value in expected.items() if index == 0x3A or 0x480 <= index <= 0x493}
+
+
+@pytest.mark.live
+def test_presets_of_the_processor_model_are_what_it_says(vmx_worker: Worker, vmx_worker_new: Worker) -> None:
+    for name, worker in (("bochscpu", vmx_worker), ("bochscpu-sapphire-rapids", vmx_worker_new)):
+        caps = VmxCapabilities.preset(name)
+        assert dict(caps.items()) == {index: value for index, value in worker.msrs.items() if index >= 0x480}
+        sizes = worker.cpuid[0x80000008][0]
+        assert (caps.physical_address_width, caps.linear_address_width) == (sizes & 0xFF, sizes >> 8 & 0xFF)
+        # Without anybody's word for it, CR4_FIXED1 gives the same linear width.
+        assert VmxCapabilities.from_msrs(worker.msrs).linear_address_width == caps.linear_address_width
+
+
+WORD_FIELDS = {"pin": 0x4000, "proc": 0x4002, "sec": 0x401E, "exit": 0x400C, "entry": 0x4012, "tert": 0x2034, "exit2": 0x2044}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("name", ["bochscpu", "bochscpu-sapphire-rapids"])
+def test_the_processor_refuses_exactly_what_is_not_allowed(vmx_worker: Worker, vmx_worker_new: Worker, name: str) -> None:
+    """Every bit of every control word flipped alone: the processor names its allowed-0 or allowed-1 check just where `allowed` says that the
+    value violates it (other checks may refuse the value for reasons of their own), and takes what `adjust` makes of it past that check."""
+    worker = vmx_worker if name == "bochscpu" else vmx_worker_new
+    caps = VmxCapabilities.preset(name)
+    good = dict(worker.baseline())
+    for gate, bit in (("proc", 31), ("proc", 17), ("exit", 31)):
+        if caps.allowed(gate).may_be_one >> bit & 1:
+            good[WORD_FIELDS[gate]] |= 1 << bit
+    cases, expected = [], []
+    for word, encoding in WORD_FIELDS.items():
+        allowed = caps.allowed(word)
+        if encoding not in worker.layout or allowed.may_be_one == 0:
+            continue
+        # Bochs keeps the secondary VM-exit controls in 32 bits and never sees the upper half.
+        for bit in range(32 if word == "exit2" else bits.table(word).width):
+            value = good.get(encoding, 0) ^ 1 << bit
+            missing, excess = allowed.violations(value)
+            cases.append(Case({**good, encoding: value}))
+            expected.append((word, bit, bool(missing or excess)))
+            adjusted = caps.adjust(word, value)
+            cases.append(Case({**good, encoding: adjusted.value}))
+            expected.append((word, bit, False))
+    for (word, bit, refused), outcome in zip(expected, worker.launch_many(cases)):
+        said = outcome.failed_check or ""
+        assert ("allowed 0-settings" in said or "allowed 1-settings" in said) is refused, (word, bit, outcome.kind, said)
+        if refused:
+            assert (outcome.kind, outcome.number) == ("VMfailValid", 7)
+    assert len(cases) >= 2 * 32 * 5
 
 
 def test_what_is_missing_is_unknown() -> None:
