@@ -228,6 +228,13 @@ def test_a_page_that_holds_only_its_revision_id_has_no_values(intel_nested: Path
         Vmcs.from_page(bytes(4096))
 
 
+def test_a_field_in_the_third_dword_is_no_launch_state() -> None:
+    """Hyper-V's enlightened VMCS has HOST_ES_SELECTOR at 8, where others keep the launch state."""
+    layout = L.layout("hyperv_evmcs_v1")
+    assert Vmcs.from_page(layout.write_page({"HOST_ES_SELECTOR": 0x18}), layout)["HOST_ES_SELECTOR"] == 0x18
+    assert Vmcs.from_page(L.layout("bochs_2.7").write_page({}, launch_state=1), "bochs_2.7").empty
+
+
 # --- recognition ------------------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +261,53 @@ def test_real_values_are_recognised_in_every_layout(name: str, address: int, int
         assert len(shared) > 25 and all(vmcs[encoding] == values[encoding] for encoding in shared)
         if vmcs.layout.id != name:
             assert any(name in warning and "the same values" in warning for warning in vmcs.warnings)
+
+
+KERNEL = st.integers(0xFFFF800000001000, 0xFFFFFFFFFFFFFFFF)
+USER = st.integers(0x1000, 0x00007FFFFFFFFFFF)
+PAGE = st.integers(1, (1 << 40) - 1).map(lambda number: number << 12)
+SELECTOR = st.integers(1, 0x1FFF).map(lambda number: number << 3)
+
+
+def control(encoding: int) -> "st.SearchStrategy[int]":
+    """Default1 bits and any others that are defined."""
+    table = bits.table({0x4000: "pin", 0x4002: "proc", 0x400C: "exit", 0x4012: "entry"}[encoding])
+    allowed = (1 << 32) - 1 & ~table.kind_mask("reserved0")
+    return st.integers(0, (1 << 32) - 1).map(lambda value: value & allowed | plausibility.DEFAULT1[encoding])
+
+
+@st.composite
+def valid_vmcs(draw: st.DrawFn) -> Dict[int, int]:
+    """Values such as VM entry accepts them, everything else that the fields can hold drawn at random."""
+    values = {encoding: draw(control(encoding)) for encoding in (0x4000, 0x4002, 0x400C, 0x4012)}
+    values.update({0x2800: (1 << 64) - 1, 0x6C00: 0x80050033, 0x6C04: draw(st.sampled_from([0x2000, 0x26E0, 0x3726F0])), 0x6C02: draw(PAGE),
+                   0x6820: draw(st.integers(0, 0xCD5)) & 0xCD5 | 2, 0x6800: draw(st.sampled_from([0x80000031, 0x80050033, 0x31, 0x30])),
+                   0x6804: draw(st.sampled_from([0x2000, 0x26E0])), 0x6802: draw(PAGE), 0x681A: 0x400, 0x201A: draw(PAGE) | 0x5E,
+                   0x4816: draw(st.sampled_from([0xA09B, 0xC09B, 0x9B, 0x93])), 0x4822: 0x8B, 0x4402: draw(st.integers(0, 77))})
+    values.update({encoding: draw(SELECTOR) for encoding in (0x0C02, 0x0C04, 0x0C0C)})
+    values.update({encoding: draw(KERNEL) for encoding in (0x6C16, 0x6C14, 0x6C08, 0x6C0A, 0x6C0C, 0x6C0E)})
+    values.update({encoding: draw(st.one_of(KERNEL, USER)) for encoding in (0x681E, 0x681C, 0x6810, 0x6814, 0x6816, 0x6818)})
+    values.update({encoding: draw(st.integers(0, 0xFFFF)) for encoding in (0x0800, 0x0802, 0x0804, 0x0806, 0x080E, 0x4810, 0x4812)})
+    values.update({encoding: draw(st.integers(0, (1 << 64) - 1)) for encoding in (0x2010, 0x6400, 0x6000, 0x6002)})
+    values.update({encoding: draw(PAGE) for encoding in (0x2000, 0x2002, 0x2004)})
+    return values
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "vmware_nested_ws9"])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(values=valid_vmcs())
+def test_a_valid_vmcs_is_recognised_or_refused_and_never_misread(name: str, values: Dict[int, int]) -> None:
+    layout = L.layout(name)
+    stored = {encoding: value for encoding, value in values.items() if encoding in layout.fields}
+    try:
+        vmcs = Vmcs.from_page(layout.write_page(stored))
+    except FormatError as error:
+        assert name in str(error) and "--layout" in str(error)
+        # Few layouts know so little that a real VMCS can stay below the line.
+        assert len(layout.fields) < 40
+        return
+    assert vmcs.layout is not None
+    assert all(vmcs[encoding] == value for encoding, value in stored.items() if encoding in vmcs.layout.fields)
 
 
 def test_an_equal_decoding_is_named_and_no_conflict(page_a: bytes) -> None:

@@ -276,3 +276,14 @@ def test_an_ept_that_loops_or_is_missing_ends(intel_plain: Path) -> None:
     assert find_in_ept(memory_from_segments([(0x1000, loop)]), 0x501E, {0x1000}) == ({}, False)
     many = memory_from_segments([(0x1000 * n, struct.pack("<Q", 0x1000 * (n + 1) | 7) * 512) for n in range(1, 9)])
     assert find_in_ept(many, 0x101E, {0x99000}, limit=2) == ({}, False)
+
+
+def test_a_guest_page_is_found_through_five_levels_and_large_pages() -> None:
+    """Bits 5:3 of the EPTP: walk length minus 1 (SDM vol. 3, Extended-Page-Table Pointer (EPTP)); bit 7 ends the walk early."""
+    def table(index: int, entry: int) -> bytes:
+        return bytes(8 * index) + struct.pack("<Q", entry) + bytes(8 * (511 - index))
+
+    tables = [table(1, 0x2007), table(2, 0x3007), table(3, 0x4007), table(4, 0x4000B7)]
+    memory = memory_from_segments([(0x1000 * number, data) for number, data in enumerate(tables, 1)])
+    base = 1 << 48 | 2 << 39 | 3 << 30 | 4 << 21
+    assert find_in_ept(memory, 0x1026, {0x5FF000, 0x600000}) == ({0x5FF000: base + 0x1FF000}, True)

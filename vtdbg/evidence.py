@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """`points` for (positive) or against (negative), and why in words."""
+    """`points` for (positive) or against (negative), and why in words; `brief` names it where there is little room."""
 
     points: int
     text: str
+    brief: str = ""
 
     def __str__(self) -> str:
         return f"{self.text} ({self.points:+d})"
@@ -39,10 +40,20 @@ def canonical(value: int) -> bool:
     return value >> 56 in (0, 0xFF)
 
 
-def summarize(evidence: Sequence[Evidence], limit: int = 3) -> str:
-    """The weightiest evidence in one line: what speaks against first, then what speaks for, then how much more there is."""
+def summarize(evidence: Sequence[Evidence], limit: int = 4) -> str:
+    """One line: the names of the first things that speak for it, what speaks against in full, how much more there is.
+
+    Evidence for is in the order of the rules, which begin with the strongest.
+    """
     against = sorted((item for item in evidence if item.points < 0), key=lambda item: item.points)
-    pro = sorted((item for item in evidence if item.points > 0), key=lambda item: -item.points)
-    shown = against[:limit] + pro[:limit]
-    more = len(against) + len(pro) - len(shown)
-    return "; ".join([str(item) for item in shown] + ([f"{more} more"] if more else []))
+    pro = [item for item in evidence if item.points > 0]
+    parts = []
+    if pro:
+        parts.append("for: " + ", ".join([item.brief or item.text for item in pro[:limit]] + _more(len(pro) - limit)))
+    if against:
+        parts.append("against: " + ", ".join([item.text for item in against[:limit]] + _more(len(against) - limit)))
+    return "; ".join(parts)
+
+
+def _more(count: int) -> List[str]:
+    return [f"{count} more"] if count > 0 else []

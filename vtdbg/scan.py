@@ -265,10 +265,8 @@ class _VmcsFinder(_Finder):
     def _empty_found(self, address: int, page: bytes) -> Found:
         revision, shadow, _ = header_words(page)
         software = any(item.id.startswith(_KVM_LAYOUTS) for item in self._revisions.layouts_of(revision))
-        same = self._real.get(revision, 0)
-        seen = [Evidence(1, f"VMCSs with revision identifier {revision:#x} in this memory: {same}")] if same else []
         what = "empty" if software or shadow else "vmxon-region"
-        return Found("vmcs", address, what, len(seen), tuple(seen), reason=_REASONS[what])
+        return Found("vmcs", address, what, 0, reason=_REASONS[what])
 
     def _not_empty(self, address: int, reason: str) -> Found:
         return Found("vmcs", address, "rejected", 0, reason=reason)

@@ -120,6 +120,10 @@ def _value(page: bytes, name: str) -> int:
     return int.from_bytes(page[first:end], "little")
 
 
+_BRIEF = {"intercept_misc2": "VMRUN intercept", "cs.attrib": "CS", "tr.attrib": "TR", "iopm_base_pa": "IOPM", "msrpm_base_pa": "MSRPM",
+          "nested_cr3": "nCR3"}
+
+
 def is_sev_es(page: bytes) -> bool:
     return _value(page, "nested_ctl") & 7 == 7
 
@@ -130,7 +134,7 @@ def _judged(page: bytes, rules: Tuple[Rule, ...]) -> List[Evidence]:
         value = _value(page, rule.name)
         verdict = rule.judge(value)
         if verdict and rule.good:
-            evidence.append(Evidence(rule.good, f"{rule.name} {value:#x} {rule.passed}"))
+            evidence.append(Evidence(rule.good, f"{rule.name} {value:#x} {rule.passed}", _BRIEF.get(rule.name, rule.name)))
         elif verdict is False:
             evidence.append(Evidence(rule.bad, f"{rule.name} {value:#x} {rule.failed}"))
     return evidence
@@ -140,7 +144,7 @@ def _reserved(page: bytes) -> Evidence:
     stray = sum(end - first - page.count(0, first, end) for first, end in _CONTROL_RESERVED)
     if stray:
         return Evidence(-min(16, 2 + stray // 4), f"{stray} reserved bytes of the control area are not 0")
-    return Evidence(4, "the reserved bytes of the control area are 0")
+    return Evidence(4, "the reserved bytes of the control area are 0", "reserved bytes")
 
 
 def quick(page: bytes) -> bool:
@@ -156,7 +160,7 @@ def judge_page(page: bytes) -> Tuple[str, List[Evidence]]:
     is what VMRUN saved at VM_HSAVE_PA.  Real processors keep that page in a form of their own; QEMU uses the layout of the VMCB.
     """
     if not any(page[0:SAVE_AREA]):
-        evidence = [Evidence(4, "the control area is 0"), Evidence(4, f"EFER {_value(page, 'efer'):#x} has SVME and no undefined bit")]
+        evidence = [Evidence(4, "the control area is 0", "empty control area"), _efer(page)]
         return HOST_SAVE_AREA, evidence + _judged(page, SAVE_RULES) + [_host_state(page)]
     evidence = _judged(page, CONTROL_RULES)
     if is_sev_es(page):
@@ -165,13 +169,18 @@ def judge_page(page: bytes) -> Tuple[str, List[Evidence]]:
         evidence.append(Evidence(12 if plausible else -12, f"vmsa_pa {vmsa:#x} is {'' if plausible else 'not '}the address of a page"))
         evidence.append(Evidence(8, "nested paging, SEV and SEV-ES are enabled"))
     else:
-        evidence.append(Evidence(4, f"EFER {_value(page, 'efer'):#x} has SVME and no undefined bit"))
+        evidence.append(_efer(page))
         evidence += _judged(page, SAVE_RULES)
     return VMCB, [*evidence, _reserved(page)]
+
+
+def _efer(page: bytes) -> Evidence:
+    # What `efer_values` let pass.
+    return Evidence(4, f"EFER {_value(page, 'efer'):#x} has SVME and no undefined bit", "EFER")
 
 
 def _host_state(page: bytes) -> Evidence:
     paging = _value(page, "cr0") & 0x80000001 == 0x80000001 and _value(page, "efer") & 0x500 == 0x500
     if paging and _value(page, "cpl") == 0 and _value(page, "rip"):
-        return Evidence(6, "64-bit paging at privilege level 0: the state of a host")
+        return Evidence(6, "64-bit paging at privilege level 0: the state of a host", "state of a host")
     return Evidence(-12, "not the state of a 64-bit host")

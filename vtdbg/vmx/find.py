@@ -176,7 +176,7 @@ def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemor
     searched = []
     for item in known:
         eptp = item.vmcs.get(_EPT_POINTER)
-        if item.software or item.vmcs.shadow or not eptp or eptp >> 3 & 7 != 3:
+        if item.software or item.vmcs.shadow or not eptp or eptp >> 3 & 7 not in (3, 4):
             continue
         pages, complete = find_in_ept(memory, eptp, wanted)
         searched.append(complete)
@@ -194,12 +194,12 @@ _EPT_ADDRESS = 0x000FFFFFFFFFF000
 
 
 def find_in_ept(memory: PhysicalMemory, eptp: int, wanted: Set[int], limit: int = _TABLE_LIMIT) -> Tuple[Dict[int, int], bool]:
-    """Guest-physical addresses of host pages `wanted` in a 4-level EPT: ({host page: GPA}, was everything searched).
+    """Guest-physical addresses of host pages `wanted` in an EPT of 4 or 5 levels: ({host page: GPA}, was everything searched).
 
     Reads at most `limit` tables.  Entries that cannot be read and misconfigured ones (writable, not readable) are passed over.
     """
     found: Dict[int, int] = {}
-    tables = deque([(eptp & _EPT_ADDRESS, 4, 0)])
+    tables = deque([(eptp & _EPT_ADDRESS, (eptp >> 3 & 7) + 1, 0)])
     seen: Set[Tuple[int, int]] = set()
     complete = True
     while tables:

@@ -132,9 +132,13 @@ def header_words(page: bytes) -> Tuple[int, bool, int]:
     return first & (SHADOW_BIT - 1), bool(first & SHADOW_BIT), int.from_bytes(page[4:8], "little")
 
 
-def is_empty(page: bytes) -> bool:
-    """Nothing but the header: a VMXON region, a VMCS that no processor has written back yet, or zeros."""
-    return page[12:] == _ZEROS[12:len(page)]
+def is_empty(page: bytes, layout: Optional[Layout] = None) -> bool:
+    """Nothing but the header: a VMXON region, a VMCS that no processor has written back yet, or zeros.
+
+    The third dword is the launch state in some layouts, a field in others; where the layout is not known it counts as header.
+    """
+    first = 12 if layout is None or layout.launch_state is not None else 8
+    return page[first:] == _ZEROS[first:len(page)]
 
 
 def score_page(page: bytes, layout: Layout) -> Candidate:
@@ -186,7 +190,7 @@ def _coverage(page: bytes, layout: Layout) -> List[Evidence]:
     stray = sum(last - first - page.count(0, first, last) for first, last in layout.gaps(len(page)))
     inside = len(page) - page.count(0) - stray
     if not stray:
-        return [Evidence(4, "every byte that is not 0 belongs to a field")] if layout.complete and inside > 16 else []
+        return [Evidence(4, "every byte that is not 0 belongs to a field", "no stray bytes")] if layout.complete and inside > 16 else []
     if layout.complete:
         return [Evidence(-min(16, 1 + stray // 4), f"{stray} bytes that are not 0 belong to no field")]
     if stray < 64:
@@ -242,7 +246,7 @@ def _decode_as(page: bytes, wanted: Layout, source: str, extra: Sequence[Layout]
     """With the layout that the user names: whatever speaks against it is a warning."""
     if len(page) < wanted.extent:
         raise FormatError(source, f"{len(page)} bytes are too short for layout {wanted.id}, which needs {wanted.extent}")
-    if is_empty(page):
+    if is_empty(page, wanted):
         return _empty(page, [Candidate(wanted, 0, ())], source, extra)
     revision = header_words(page)[0]
     given = score_page(page, wanted)

@@ -18,7 +18,8 @@ from vtdbg.vmx import fields as vmcs_fields
 @dataclass(frozen=True)
 class Rule:
     """`good` and `bad` are the points of each field of `encodings` whose value is not 0 and passes or fails.  `judge` answers True,
-    False, or None for a value that says nothing.  `passed` and `failed` are the words; `group` names several fields together."""
+    False, or None for a value that says nothing.  `passed` and `failed` are the words, `brief` a short name; `group` names several
+    fields together."""
 
     encodings: Tuple[int, ...]
     good: int
@@ -27,6 +28,7 @@ class Rule:
     passed: str
     failed: str
     group: str = ""
+    brief: str = ""
 
 
 PIN, PROC, EXIT, ENTRY = 0x4000, 0x4002, 0x400C, 0x4012
@@ -44,9 +46,10 @@ BASIC_REASONS = 96
 """More than the basic exit reasons that exist, so that a new one is no evidence against."""
 
 
-def _default1(encoding: int) -> Rule:
+def _default1(encoding: int, brief: str) -> Rule:
     wanted = DEFAULT1[encoding]
-    return Rule((encoding,), 8, -6, lambda value: value & wanted == wanted, "has all default1 bits", f"lacks default1 bits ({wanted:#x})")
+    return Rule((encoding,), 8, -6, lambda value: value & wanted == wanted, "has all default1 bits", f"lacks default1 bits ({wanted:#x})",
+                brief=brief)
 
 
 def _link(value: int) -> Optional[bool]:
@@ -92,24 +95,27 @@ _RIGHTS = (0x4814, 0x4818, 0x481A, 0x481C, 0x481E, 0x4820)
 _PAGES = (0x2000, 0x2002, 0x2004, 0x200E, 0x2012, 0x2014)
 
 RULES: Tuple[Rule, ...] = (
-    _default1(PIN), _default1(PROC), _default1(EXIT), _default1(ENTRY),
-    Rule((0x2800,), 8, -6, _link, "is all ones", "is neither all ones nor the address of a page"),
+    _default1(PIN, "pin-based controls"), _default1(PROC, "primary controls"), _default1(EXIT, "VM-exit controls"),
+    _default1(ENTRY, "VM-entry controls"),
+    Rule((0x2800,), 8, -6, _link, "is all ones", "is neither all ones nor the address of a page", brief="link pointer"),
     Rule((0x6C00,), 6, -6, lambda value: value & 0x80000021 == 0x80000021 and not value & ~CR0_DEFINED, "has PE, NE and PG and no undefined bit",
-         "lacks PE, NE or PG or has undefined bits"),
-    Rule((0x6C04,), 6, -6, lambda value: bool(_cr4(value)), "has VMXE and no undefined bit", "lacks VMXE or has undefined bits"),
-    Rule((0x6C02,), 2, -4, _cr3, "is a physical address", "is no physical address"),
-    Rule((0x6C16,), 3, -6, lambda value: canonical(value) and (True if value >= 0x1000 else None), "is canonical", "is not canonical"),
+         "lacks PE, NE or PG or has undefined bits", brief="host CR0"),
+    Rule((0x6C04,), 6, -6, lambda value: bool(_cr4(value)), "has VMXE and no undefined bit", "lacks VMXE or has undefined bits", brief="host CR4"),
+    Rule((0x6C02,), 2, -4, _cr3, "is a physical address", "is no physical address", brief="host CR3"),
+    Rule((0x6C16,), 3, -6, lambda value: canonical(value) and (True if value >= 0x1000 else None), "is canonical", "is not canonical",
+         brief="host RIP"),
     Rule((0x6820,), 5, -5, lambda value: value & 2 == 2 and not value & ~RFLAGS_DEFINED,
-         "has bit 1 and no reserved bit", "lacks bit 1 or has reserved bits"),
-    Rule((0x6800,), 3, -4, lambda value: not value & ~CR0_DEFINED, "has no undefined bit", "has undefined bits"),
-    Rule((0x6804,), 3, -4, _cr4, "has VMXE and no undefined bit", "has undefined bits"),
-    Rule((0x6802,), 1, -3, _cr3, "is a physical address", "is no physical address"),
+         "has bit 1 and no reserved bit", "lacks bit 1 or has reserved bits", brief="RFLAGS"),
+    Rule((0x6800,), 3, -4, lambda value: not value & ~CR0_DEFINED, "has no undefined bit", "has undefined bits", brief="CR0"),
+    Rule((0x6804,), 3, -4, _cr4, "has VMXE and no undefined bit", "has undefined bits", brief="CR4"),
+    Rule((0x6802,), 1, -3, _cr3, "is a physical address", "is no physical address", brief="CR3"),
     Rule((0x681A,), 3, -3, lambda value: value & 1 << 10 != 0 and value < 1 << 32, "has bit 10 (always 1)",
-         "lacks bit 10 (always 1) or has high bits"),
-    Rule((0x4816,), 4, -4, _code_rights, "is an accessed, present segment", "has reserved bits"),
-    Rule((0x4822,), 4, -4, _task_rights, "is a busy TSS", "has reserved bits"),
-    Rule((0x201A,), 4, -3, _eptp, "has the form of an EPTP", "has not the form of an EPTP"),
-    Rule((0x4402,), 2, -5, lambda value: value & 0xFFFF < BASIC_REASONS and not value & 0x41FF0000, "is in range", "is no exit reason"),
+         "lacks bit 10 (always 1) or has high bits", brief="DR7"),
+    Rule((0x4816,), 4, -4, _code_rights, "is an accessed, present segment", "has reserved bits", brief="CS"),
+    Rule((0x4822,), 4, -4, _task_rights, "is a busy TSS", "has reserved bits", brief="TR"),
+    Rule((0x201A,), 4, -3, _eptp, "has the form of an EPTP", "has not the form of an EPTP", brief="EPTP"),
+    Rule((0x4402,), 2, -5, lambda value: value & 0xFFFF < BASIC_REASONS and not value & 0x41FF0000, "is in range", "is no exit reason",
+         brief="exit reason"),
     Rule((0x4824,), 0, -4, lambda value: value < 0x20, "", "has undefined bits"),
     Rule((0x4826,), 0, -4, lambda value: value < 4, "", "is no activity state"),
     Rule((0x400A,), 0, -2, lambda value: value <= 4, "", "is more than 4"),
@@ -142,7 +148,7 @@ def judge_values(values: Mapping[int, int]) -> List[Evidence]:
             elif verdict is False and rule.bad:
                 evidence.append(Evidence(rule.bad, f"{_name(encoding)} {value:#x} {rule.failed}"))
         if passed and rule.good:
-            evidence.append(Evidence(rule.good * len(passed), _words(rule, passed, values)))
+            evidence.append(Evidence(rule.good * len(passed), _words(rule, passed, values), rule.brief or f"{len(passed)} {rule.group}"))
     return evidence
 
 
