@@ -20,6 +20,7 @@ from vtdbg import bits
 from vtdbg.explain import Explanation
 from vtdbg.memory.base import memory_from_segments
 from vtdbg.vmx import causes, events, exits, fields
+from vtdbg.vmx.bitmaps import msr_place
 from vtdbg.vmx.exits import explain_vm_exit
 from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.x86 import vectors
@@ -384,7 +385,7 @@ def test_msr_bitmap(vmx_worker: Worker) -> None:
         for index, write in built)
     seen = set()
     for (index, write), outcome in zip(built, outcomes):
-        place = causes.msr_bit(index, write)
+        place = msr_place(index, "write" if write else "read")
         wanted = place is None or bool(page[place[0]] >> place[1] & 1)
         exited = (outcome.kind, outcome.number) == ("exit", 32 if write else 31)
         assert exited == wanted, (hex(index), write)

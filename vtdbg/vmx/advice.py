@@ -21,9 +21,12 @@ BLOCKED_BY_NMI = 8
 TRAP_FLAG = 1 << 8
 
 
-def rip(kind: str, guest: Guest, length: Optional[int], event: Optional[Event], during: Optional[Event],
+def rip(kind: str, guest: Guest, length: Optional[int], decoded: Optional[int], event: Optional[Event], during: Optional[Event],
         qualification: Optional[int]) -> List[Advice]:
-    """Does RIP advance, by how much?  `kind` is the `rip` column of exit_reasons.csv, `during` the event that was being delivered."""
+    """Does RIP advance, by how much?  `kind` is the `rip` column of exit_reasons.csv, `during` the event that was being delivered.
+
+    `length` is VM_EXIT_INSTRUCTION_LEN where this exit defines it, `decoded` the length of the instruction that was disassembled at RIP.
+    """
     if kind == "task" and qualification is not None and qualification >> 30 & 3 != 3:
         kind = "instruction"
     if kind == "instruction":
@@ -32,14 +35,22 @@ def rip(kind: str, guest: Guest, length: Optional[int], event: Optional[Event], 
         return list(_exception(guest, length, event))
     if kind == "access" and during is not None and during.valid:
         return [Advice("rip", f"do not advance RIP: the exit came while {during.name} was being delivered, which is delivered again", SEE_RIP)]
+    if kind == "access" and decoded is not None:
+        behind = guest.next_rip(decoded)
+        target = f", to GUEST_RIP = {behind:#x}" if behind is not None else ""
+        return [Advice("rip", f"{ACCESS}; only an emulated access advances it, by the {decoded} bytes of the instruction at GUEST_RIP{target} "
+                       "(VM_EXIT_INSTRUCTION_LEN is undefined here)", SEE_RIP)]
     return [Advice("rip", RIP_TEXTS[kind], SEE_RIP)] if kind in RIP_TEXTS else []
+
+
+ACCESS = "do not advance RIP when the cause is removed: fault-like, the instruction runs again"
 
 
 RIP_TEXTS = {
     "trap": "do not advance RIP: trap-like, the instruction is done and GUEST_RIP is behind it",
     "event": "do not advance RIP: the exit came between two instructions, GUEST_RIP is where the guest goes on",
-    "access": "do not advance RIP when the cause is removed: fault-like, the instruction runs again; only an emulated access advances it, "
-              "by a length that the handler decodes itself (VM_EXIT_INSTRUCTION_LEN is undefined here)",
+    "access": f"{ACCESS}; only an emulated access advances it, by a length that the handler "
+              "decodes itself (VM_EXIT_INSTRUCTION_LEN is undefined here)",
     "task": "after the emulated task switch GUEST_RIP is the new task's EIP; nothing is added",
     "failure": "RIP does not matter: the guest did not run, and its state was not saved",
     "dead": "do not advance RIP: there is nothing to go on with",

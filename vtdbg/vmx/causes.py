@@ -6,15 +6,18 @@ The rules that begin with @ need arithmetic: exception bitmap with page-fault fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Callable, Iterator, List, Mapping, Optional
 
 from vtdbg import bits
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.explain import Advice
+from vtdbg.vmx.bitmaps import msr_place
 from vtdbg.vmx.controls import control, control_name
 from vtdbg.vmx.events import NMI, Event
 from vtdbg.vmx.guest import Guest
+from vtdbg.x86 import msrs
 from vtdbg.x86.operand import GPRS
+from vtdbg.x86.permission import READ, WRITE
 
 SEE_CONDITIONAL = "SDM vol. 3, Instructions That Cause VM Exits Conditionally"
 SEE_EXCEPTION = "SDM vol. 3, Exception Bitmap; Other Causes of VM Exits"
@@ -23,8 +26,6 @@ SEE_MSR = "SDM vol. 3, MSR-Bitmap Address"
 SEE_SHADOWING = "SDM vol. 3, VMCS Shadowing Bitmap Addresses"
 SEE_EPT = "SDM vol. 3, EPT Violations; EPT Misconfigurations; Convertible EPT Violations"
 SEE_IO = "SDM vol. 3, I/O-Bitmap Addresses"
-
-LOW_MSRS, HIGH_MSRS, MSRS_IN_RANGE = 0, 0xC0000000, 0x2000
 
 
 @dataclass(frozen=True)
@@ -182,14 +183,6 @@ def _masked(what: Exit, number: int, access: int) -> Iterator[Advice]:
         yield Advice("emulate", "set bits 3:0 of CR0 (PE can be set, never cleared) in GUEST_CR0 and in CR0_READ_SHADOW", SEE_MASKS)
 
 
-def msr_bit(index: int, write: bool) -> Optional[Tuple[int, int]]:
-    """(byte, bit) of an MSR in the MSR-bitmap page, None for an MSR outside both ranges, which always exits."""
-    for start, base in ((LOW_MSRS, 0), (HIGH_MSRS, 0x400)):
-        if start <= index < start + MSRS_IN_RANGE:
-            return base + (0x800 if write else 0) + (index - start) // 8, index & 7
-    return None
-
-
 def _msr_read(what: Exit) -> Iterator[Advice]:
     return _msr(what, write=False)
 
@@ -213,12 +206,12 @@ def _msr(what: Exit, *, write: bool) -> Iterator[Advice]:
         yield Advice("avoid", f"set {control_name('proc', 'USE_MSR_BITMAPS')}, give MSR_BITMAP a page and clear the MSR's bit in it", SEE_MSR)
         return
     index = msr_index(what)
-    kind = "write" if write else "read"
+    kind = WRITE if write else READ
     if index is None:
         yield Advice("cause", f"the MSR's {kind} bit in the MSR bitmap, or an MSR outside 0-0x1fff and 0xc0000000-0xc0001fff; "
                      "ECX is not given", SEE_MSR)
         return
-    place = msr_bit(index, write)
+    place = msr_place(index, kind)
     if place is None:
         yield Advice("cause", f"MSR {index:#x} is in neither range of the bitmap (0-0x1fff, 0xc0000000-0xc0001fff): it always exits", SEE_MSR)
         yield Advice("avoid", "cannot be avoided: no bitmap bit for this MSR", SEE_MSR)
@@ -226,7 +219,8 @@ def _msr(what: Exit, *, write: bool) -> Iterator[Advice]:
     byte, bit = place
     page = what.guest.vmcs.get("MSR_BITMAP")
     where = f" (physical address {page + byte:#x})" if page is not None else ""
-    text = f"MSR {index:#x}, {kind}: bit {bit} of byte {byte:#x} of the MSR bitmap{where}{_bit_in_memory(what, page, byte, bit)}"
+    name = f"MSR {index:#x} ({msrs.name_of(index)})"
+    text = f"{name}, {kind}: bit {bit} of byte {byte:#x} of the MSR bitmap{where}{_bit_in_memory(what, page, byte, bit)}"
     yield Advice("cause", text if used else f"{text}, or use of MSR bitmaps is off", SEE_MSR)
     yield Advice("avoid", f"clear bit {bit} of byte {byte:#x} of the MSR bitmap", SEE_MSR)
 

@@ -84,7 +84,7 @@ def facts(event: Event, error_code: Optional[int], source: str = "") -> List[Fac
     group = FIELDS[event.table]
     label = {"exit_int_info": "interruption", "idt_vectoring_info": "event being delivered", "entry_int_info": "event to inject"}[event.table]
     if not event.valid:
-        left = f"none; {event.value:#x} ({event.title}) is left from an earlier event: bit 31 is 0" if event.value else "none (bit 31 is 0)"
+        left = f"none: bit 31 is 0; the rest ({event.title}) is left from an earlier event" if event.value else "none: bit 31 is 0"
         return [Fact(label, event.value, left, source, group=group)]
     found = [Fact(label, event.value, event.title, source, group=group),
              Fact("vector", event.vector, vectors.title(event.vector), source, group=group),
@@ -94,9 +94,9 @@ def facts(event: Event, error_code: Optional[int], source: str = "") -> List[Fac
             found.append(Fact("error code", None, "valid, not given", source, group=group))
         else:
             words = vectors.describe_error_code(event.vector, error_code)
-            found.append(Fact("error code", error_code, f"{error_code:#x}" + (f": {words}" if words else ""), source, group=group))
+            found.append(Fact("error code", error_code, words, source, group=group))
     if event.nmi_unblocked:
-        found.append(Fact("NMI unblocking due to IRET", 1, "1", source, group=group))
+        found.append(Fact("NMI unblocking due to IRET", 1, "", source, group=group))
     found += [Fact(label, event.value, event.title, source, f"impossible: {problem}", group) for problem in event.problems]
     return found
 

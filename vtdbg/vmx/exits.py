@@ -14,7 +14,7 @@ from vtdbg.errors import UnknownName, UsageError
 from vtdbg.explain import Advice, Explanation, Fact, bit_facts, unique
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.names import near_names
-from vtdbg.vmx import advice, causes, events, guest_code, instruction_info, operands, qualification
+from vtdbg.vmx import advice, causes, events, guest_code, inputs, instruction_info, nested_walk, operands, qualification
 from vtdbg.vmx.events import Event
 from vtdbg.vmx.guest import Guest
 from vtdbg.vmx.guest_code import Code
@@ -51,6 +51,7 @@ class ExitReason:
     emulate: str
     see: str
     mnemonics: Tuple[str, ...]
+    inputs: str
 
     @property
     def reserved(self) -> bool:
@@ -176,6 +177,7 @@ class _Explainer:
             facts += self._qualification_facts(self.row)
             facts += self._address_facts(self.row)
             facts += self._instruction_facts(self.row)
+            facts += self._input_facts(self.row)
             facts += self._event_facts()
             facts += self._entry_event_facts()
             facts += self._code_facts(self.row)
@@ -200,8 +202,11 @@ class _Explainer:
         for fact in bit_facts(bits.table("exit_reason"), self.word, group, source):
             if fact.label != bits.table("exit_reason")["BASIC"].name:
                 yield fact
+        if self.word >> 27 & 1:
+            self.notes.append("from enclave mode: GUEST_RIP is the asynchronous exit pointer and the registers are synthetic, the enclave's own "
+                              "are not visible; nothing can be emulated")
         for problem in self._reason_problems():
-            yield Fact("exit reason", self.word, f"{self.word:#x}", source, problem, group)
+            yield Fact("exit reason", self.word, "", source, problem, group)
 
     def _reason_problems(self) -> Iterator[str]:
         marked = bool(self.word & ENTRY_FAILURE)
@@ -221,7 +226,7 @@ class _Explainer:
         for name in ("EXIT_QUALIFICATION", "VMX_INSTRUCTION_INFO", "VM_EXIT_INTR_INFO", "IDT_VECTORING_INFO_FIELD", "VM_EXIT_INSTRUCTION_LEN"):
             field = self.vmcs.get(name)
             if field:
-                yield Fact(name, field, f"{field:#x}: no format, the reason is reserved or unknown", self.source(name), group=name)
+                yield Fact(name, field, "no format: the reason is reserved or unknown", self.source(name), group=name)
 
     def _exception_vector(self) -> Optional[int]:
         return self.event.vector if self.number == 0 and self.event is not None and self.event.valid else None
@@ -260,19 +265,22 @@ class _Explainer:
                 if written:
                     yield Fact(title, None, "not given", group=name)
             elif written is None:
-                yield Fact(title, value, f"{value:#x}, if bit 7 or 4 of the exit qualification says so (not given)", self.source(name), group=name)
+                yield Fact(title, value, "only if bit 7 or 4 of the exit qualification says so (not given)", self.source(name), group=name)
             elif written:
-                yield Fact(title, value, f"{value:#x}", self.source(name), group=name)
+                yield Fact(title, value, source=self.source(name), group=name)
             elif value:
                 self._old(name, title, value, "this exit does not write it")
         value = self.vmcs.get("MSR_DATA")
         if value is not None and self.number in (79, 85):
-            yield Fact("MSR data", value, f"{value:#x}", self.source("MSR_DATA"), group="MSR_DATA")
+            yield Fact("MSR data", value, "", self.source("MSR_DATA"), group="MSR_DATA")
         elif value:
             self._old("MSR_DATA", "MSR data", value, "this exit does not write it")
 
+        if self.number in (48, 49) and not self.failed:
+            yield from nested_walk.facts(self.guest, self.number, self.vmcs.get("GUEST_PHYSICAL_ADDRESS"), self.qualification)
+
     def _old(self, name: str, title: str, value: int, why: str) -> None:
-        self.stale.append(Fact(title, value, f"{value:#x}: of an older exit, {why}", self.source(name), group=name))
+        self.stale.append(Fact(title, value, f"of an older exit: {why}", self.source(name), group=name))
 
     def _has_instruction_info(self, row: ExitReason) -> bool:
         if not row.instruction_info or self.failed:
@@ -297,6 +305,10 @@ class _Explainer:
             yield from operands.contents(info, self.operand, self.guest)
         yield from self._length_facts(row)
 
+    def _input_facts(self, row: ExitReason) -> Iterator[Fact]:
+        yield from inputs.facts(row.inputs, self.guest)
+        self.summary = self.summary or inputs.summary(row.title.split(" ")[0], row.inputs, self.guest)
+
     def _string_operand(self, info: InstructionInfo) -> Optional[Operand]:
         """INS writes ES:RDI, OUTS reads segment:RSI; ES cannot be overridden (SDM vol. 2, INS and OUTS)."""
         if info.address_size is None or self.qualification is None:
@@ -311,14 +323,13 @@ class _Explainer:
     def _operand_facts(self, info: InstructionInfo) -> Iterator[Fact]:
         found, group = self.operand, "operand"
         if isinstance(found, RegisterOperand):
-            value = "" if found.value is None else f" = {found.value:#x}"
-            yield Fact("operand", found.value, found.text + value, group=group)
+            yield Fact("operand", found.value, found.text, group=group)
         elif isinstance(found, MemoryOperand):
             yield Fact("operand", None, found.text + (f", {found.size} bytes" if found.size else ""), group=group)
             if found.effective is not None:
-                yield Fact("effective address", found.effective, f"{found.effective:#x}", group=group)
+                yield Fact("effective address", found.effective, group=group)
             if found.linear is not None:
-                yield Fact("linear address", found.linear, f"{found.linear:#x}", group=group)
+                yield Fact("linear address", found.linear, group=group)
             else:
                 yield Fact("linear address", None, f"unknown: {found.missing}", group=group)
             written = self.vmcs.get("GUEST_LINEAR_ADDRESS")
@@ -335,7 +346,7 @@ class _Explainer:
         if found is None:
             yield Fact(label, None, f"not read: {self.code.problem}", group="code")
         else:
-            yield Fact(label, found.address, f"{found} ({self.guest.mode_text()})", group="code")
+            yield Fact(label, found.address, f"{found.data.hex(' ')}  {found.text} ({self.guest.mode_text()})", group="code")
 
     def _length_facts(self, row: ExitReason) -> Iterator[Fact]:
         name = "VM_EXIT_INSTRUCTION_LEN"
@@ -344,7 +355,7 @@ class _Explainer:
             return
         if self._has_length(row):
             warning = "" if 1 <= value <= 15 else "an instruction has 1 to 15 bytes"
-            yield Fact("instruction length", value, str(value), self.source(name), warning, name)
+            yield Fact("instruction length", value, "", self.source(name), warning, name)
         elif value:
             self._old(name, "instruction length", value, "undefined for this exit")
 
@@ -373,7 +384,7 @@ class _Explainer:
             for fact in events.facts(self.event, error, self.source("VM_EXIT_INTR_INFO")):
                 yield fact
             for problem in self._event_problems(self.event):
-                yield Fact("interruption", self.event.value, f"{self.event.value:#x}", self.source("VM_EXIT_INTR_INFO"), problem, "VM_EXIT_INTR_INFO")
+                yield Fact("interruption", self.event.value, "", self.source("VM_EXIT_INTR_INFO"), problem, "VM_EXIT_INTR_INFO")
         elif self.number == 0:
             yield Fact("interruption", None, "not given: which exception it is stays unknown", group="VM_EXIT_INTR_INFO")
         if error and not (self.event is not None and self.event.valid and self.event.error_code_valid):
@@ -395,7 +406,8 @@ class _Explainer:
         if event.valid and self.number not in (0, 1):
             yield f"impossible: only reasons 0 and 1 have a valid VM_EXIT_INTR_INFO, this is {self.number}"
         if not event.valid and self.number == 0:
-            yield "impossible: an exception or NMI exit has bit 31 set"
+            yield ("impossible: an exception or NMI exit has bit 31 set; a VMCS that has not had a VM exit yet has zeros here"
+                   if not self.word and not event.value else "impossible: an exception or NMI exit has bit 31 set")
         if event.valid and self.number == 1 and event.type != events.EXTERNAL:
             yield "impossible: reason 1 is an external interrupt"
         if event.valid and self.number == 0 and event.type == events.EXTERNAL:
@@ -424,7 +436,8 @@ class _Explainer:
         if self.code is not None and self.code.passed:
             yield Advice("rip", "the VMM has advanced GUEST_RIP already: do not add the length again", advice.SEE_RIP)
         else:
-            yield from advice.rip("failure" if self.failed else row.rip, self.guest, length, self.event, again, self.qualification)
+            decoded = self.code.instruction.length if self.code is not None and self.code.instruction is not None else None
+            yield from advice.rip("failure" if self.failed else row.rip, self.guest, length, decoded, self.event, again, self.qualification)
         yield from advice.event(self.number, self.guest, self.event, error, again, self.vmcs.get("IDT_VECTORING_ERROR_CODE"),
                                 self.vmcs.get("VM_EXIT_INSTRUCTION_LEN"), self.qualification)
         yield from advice.shadow(row.rip, self.guest, self._nmi_unblocked(row), self.during)

@@ -162,11 +162,11 @@ def facts(info: InstructionInfo, guest: Guest, source: str = "") -> List[Fact]:
             found.append(Fact("scale", info.scale, f"x{info.scale}", source, group=GROUP))
         if info.operand_size and not is_long(guest.mode(), info.address_size or 0):
             found.append(Fact("operand size", info.operand_size, f"{info.operand_size * 8}-bit", source, group=GROUP))
-    found += [Fact("instruction information", info.value, f"{info.value:#x}", source, f"impossible: {problem}", GROUP) for problem in info.problems]
+    found += [Fact("instruction information", info.value, "", source, f"impossible: {problem}", GROUP) for problem in info.problems]
     return found
 
 
 def _register_fact(label: str, register: str, width: int, guest: Guest, source: str) -> Fact:
     value = guest.register(register)
     shown = narrow(register, width)
-    return Fact(label, value, f"{shown} = {value:#x}" if value is not None else f"{shown} (value not given)", source, group=GROUP)
+    return Fact(label, value, shown if value is not None else f"{shown} (value not given)", source, group=GROUP)

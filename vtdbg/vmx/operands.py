@@ -33,7 +33,7 @@ def type_facts(info: InstructionInfo, guest: Guest) -> Iterator[Fact]:
     elif info.mnemonic in ("VMREAD", "VMWRITE"):
         known = vmcs_fields.get(value)
         if known is None:
-            yield Fact("VMCS field", value, f"{value:#x}", warning="no VMCS field has this encoding: VM-instruction error 12", group=GROUP)
+            yield Fact("VMCS field", value, "", warning="no VMCS field has this encoding: VM-instruction error 12", group=GROUP)
         else:
             high = " (high 32 bits)" if value & 1 else ""
             yield Fact("VMCS field", value, f"{known.name} ({known.title}){high}", group=GROUP)
@@ -41,7 +41,7 @@ def type_facts(info: InstructionInfo, guest: Guest) -> Iterator[Fact]:
                 yield Fact("VMCS field", value, known.name, warning="read-only unless IA32_VMX_MISC[29] is 1: VM-instruction error 13", group=GROUP)
     elif info.mnemonic in _TYPES:
         named = _TYPES[info.mnemonic](value)
-        yield Fact("type", value, named or f"{value:#x}", warning="" if named else _bad_type(info.mnemonic), group=GROUP)
+        yield Fact("type", value, named or "", warning="" if named else _bad_type(info.mnemonic), group=GROUP)
 
 
 _TYPES: Mapping[str, Callable[[int], Optional[str]]] = {
@@ -84,36 +84,36 @@ def _decoded(info: InstructionInfo, data: bytes, guest: Guest) -> List[Fact]:
         return _descriptor("VPID", first, 16, second, kind in (None, 0), "VM-instruction error 28")
     if info.mnemonic == "INVEPT":
         wrong = "reserved, must be 0: VM-instruction error 28" if second else ""
-        return [Fact("EPTP", first, f"{first:#x}", group=GROUP), Fact("descriptor bits 127:64", second, f"{second:#x}", warning=wrong, group=GROUP)]
+        return [Fact("EPTP", first, group=GROUP), Fact("descriptor bits 127:64", second, warning=wrong, group=GROUP)]
     if info.mnemonic in ("VMCLEAR", "VMPTRLD", "VMXON"):
         wrong = "not aligned to 4 KiB" if first & 0xFFF else ""
         label = "VMXON pointer" if info.mnemonic == "VMXON" else "VMCS pointer"
-        return [Fact(label, first, f"guest-physical {first:#x}", warning=wrong, group=GROUP)]
+        return [Fact(label, first, "a guest-physical address", warning=wrong, group=GROUP)]
     if info.mnemonic in ("LGDT", "LIDT"):
         base = int.from_bytes(data[2:], "little")
         if info.operand_size == 2 and len(data) == 6:
             base &= 0xFFFFFF    # a 16-bit operand size loads 24 bits of base
         limit = int.from_bytes(data[:2], "little")
-        return [Fact("limit", limit, f"{limit:#x}", group=GROUP), Fact("base", base, f"{base:#x}", group=GROUP)]
+        return [Fact("limit", limit, group=GROUP), Fact("base", base, group=GROUP)]
     if info.mnemonic in ("LLDT", "LTR"):
         return [_selector(first)]
     if info.mnemonic in ("XSAVES", "XRSTORS"):
         header = int.from_bytes(data[512:520], "little"), int.from_bytes(data[520:528], "little")
-        return [Fact("XSTATE_BV", header[0], f"{header[0]:#x}", group=GROUP), Fact("XCOMP_BV", header[1], f"{header[1]:#x}", group=GROUP)]
+        return [Fact("XSTATE_BV", header[0], group=GROUP), Fact("XCOMP_BV", header[1], group=GROUP)]
     value = int.from_bytes(data[:8], "little")
-    return [Fact("operand in memory", value, f"{value:#x}", group=GROUP)]
+    return [Fact("operand in memory", value, group=GROUP)]
 
 
 def _descriptor(name: str, first: int, width: int, address: int, uses_address: bool, failure: str) -> List[Fact]:
     """INVPCID and INVVPID: an identifier, reserved bits, a linear address that only type 0 uses."""
     identifier, reserved = first & ((1 << width) - 1), first >> width
-    facts = [Fact(name, identifier, f"{identifier:#x}", group=GROUP)]
+    facts = [Fact(name, identifier, group=GROUP)]
     if reserved:
-        facts.append(Fact(f"descriptor bits 63:{width}", reserved, f"{reserved:#x}", warning=f"reserved, must be 0: {failure}", group=GROUP))
+        facts.append(Fact(f"descriptor bits 63:{width}", reserved, warning=f"reserved, must be 0: {failure}", group=GROUP))
     if name == "VPID" and identifier == 0 and uses_address:
-        facts.append(Fact(name, 0, "0", warning=f"VPID 0 is the host's: {failure}", group=GROUP))
+        facts.append(Fact(name, 0, warning=f"VPID 0 is the host's: {failure}", group=GROUP))
     wrong = f"not canonical: {failure}" if uses_address and not (canonical(address, 48) or canonical(address, 57)) else ""
-    facts.append(Fact("address to invalidate", address, f"{address:#x}" + ("" if uses_address else " (this type does not use it)"),
+    facts.append(Fact("address to invalidate", address, "" if uses_address else "this type does not use it",
                       warning=wrong, group=GROUP))
     return facts
 

@@ -10,9 +10,12 @@ from functools import cache
 from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 from vtdbg import bits
+from vtdbg.errors import MemoryUnavailable
 from vtdbg.explain import Fact, bit_facts
+from vtdbg.vmx import msr_areas
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.guest import Guest
+from vtdbg.x86 import msrs
 from vtdbg.x86.operand import GPRS
 
 GROUP = "EXIT_QUALIFICATION"
@@ -55,7 +58,7 @@ class Context:
 
 
 def _known(register: str, value: Optional[int]) -> str:
-    return f"{register} (value not given)" if value is None else f"{register} = {value:#x}"
+    return f"{register} (value not given)" if value is None else register
 
 
 def describe(form: str, value: int, context: Context) -> Qualification:
@@ -66,12 +69,12 @@ def describe(form: str, value: int, context: Context) -> Qualification:
         return _plain(form, value, context)
     if not form and value:
         why = "this exit clears the qualification: the number is not of this exit, or another field was read"
-        return Qualification((context.fact("exit qualification", value, f"{value:#x}", why),))
+        return Qualification((context.fact("exit qualification", value, "", why),))
     return Qualification(())
 
 
 def _unless_zero(value: int, context: Context, meaning: str) -> Qualification:
-    return Qualification((context.fact("exit qualification", value, f"{value:#x}: {meaning}"),) if value else ())
+    return Qualification((context.fact("exit qualification", value, meaning),) if value else ())
 
 
 def _plain(form: str, value: int, context: Context) -> Qualification:
@@ -82,7 +85,7 @@ def _exception(value: int, context: Context) -> Qualification:
     if context.vector == 1:
         return _debug(value, context)
     if context.vector == 14:
-        return Qualification((context.fact("faulting linear address", value, f"{value:#x} (goes to CR2)"),), f"at {value:#x}")
+        return Qualification((context.fact("faulting linear address", value, "goes to CR2"),), f"at {value:#x}")
     if context.vector is None:
         return _unless_zero(value, context, "a linear address for #PF, DR6 bits for #DB, else 0; the vector is unknown")
     return describe("", value, context)
@@ -122,13 +125,13 @@ def _cr(value: int, context: Context) -> Qualification:
         data = value >> 16 & 0xFFFF
         where = "memory" if value >> 6 & 1 else "a register"
         linear = context.linear if value >> 6 & 1 else None
-        facts.append(context.fact("LMSW source data", data, f"{data:#x}: {bits.table('cr0').describe(data & 15)}"))
+        facts.append(context.fact("LMSW source data", data, bits.table("cr0").describe(data & 15)))
         facts.append(context.fact("LMSW operand", value >> 6 & 1, where + (f" at linear address {linear:#x}" if linear is not None else "")))
         summary, leftovers = f"LMSW {data:#x} from {where}: CR0[3:0] = {data & 15:#x} (PE cannot be cleared)", value & ~0xFFFF007F
         if number:
             facts.append(context.fact("control register", number, f"CR{number}", "LMSW writes CR0"))
     if leftovers:
-        facts.append(context.fact("reserved bits", leftovers, f"{leftovers:#x}", "reserved for this access, must be 0"))
+        facts.append(context.fact("reserved bits", leftovers, "", "reserved for this access, must be 0"))
     return Qualification(tuple(facts), summary)
 
 
@@ -154,7 +157,7 @@ def _io(value: int, context: Context) -> Qualification:
                                     (repeated and not string, "REP without a string instruction"),
                                     (string and immediate, "a string instruction takes its port from DX"),
                                     (immediate and port > 255, "an immediate port has 8 bits")) if bad]
-    facts += [context.fact("exit qualification", value, f"{value:#x}", f"impossible: {text}") for text in wrong]
+    facts += [context.fact("exit qualification", value, "", f"impossible: {text}") for text in wrong]
     size_text = f"{size} byte{'s' if size != 1 else ''}" if size else "impossible size"
     return Qualification(tuple(facts), f"{name} port {port:#x} ({'immediate' if immediate else 'DX'}), {size_text}")
 
@@ -197,7 +200,7 @@ def _ept(value: int, context: Context) -> Qualification:
     if not valid:
         notes.append("no linear address: the processor was loading the PDPTEs (MOV to CR) or writing a trace")
     if not value & 7:
-        facts.append(context.fact("exit qualification", value, f"{value:#x}", "impossible: an access is a read, a write or a fetch"))
+        facts.append(context.fact("exit qualification", value, "", "impossible: an access is a read, a write or a fetch"))
     return Qualification(tuple(facts), _ept_sentence(value, context), tuple(notes))
 
 
@@ -248,15 +251,16 @@ def _notify(value: int, context: Context) -> Qualification:
 
 
 def _msr(value: int, context: Context) -> Qualification:
-    return replace(_plain("qual_msr", value, context), summary=f"MSR {value & 0xFFFFFFFF:#x}")
+    index = value & 0xFFFFFFFF
+    return replace(_plain("qual_msr", value, context), summary=f"MSR {index:#x} ({msrs.name_of(index)})")
 
 
 def _displacement(value: int, context: Context) -> Qualification:
-    return Qualification((context.fact("displacement", value, f"{value:#x}"),) if value else ())
+    return Qualification((context.fact("displacement", value, ""),) if value else ())
 
 
 def _entry_failure(value: int, context: Context) -> Qualification:
-    meaning = ENTRY_FAILURES.get(value, f"{value:#x} is in no table")
+    meaning = ENTRY_FAILURES.get(value, "in no table")
     return Qualification((context.fact("entry failure", value, meaning, "" if value in ENTRY_FAILURES else "impossible: 0, 2, 3 or 4"),), meaning)
 
 
@@ -269,7 +273,25 @@ def _msr_load(value: int, context: Context) -> Qualification:
         warning = f"impossible: VM_ENTRY_MSR_LOAD_COUNT is {count}"
     where = f" at physical address {table + 16 * (value - 1):#x}" if table is not None and value else ""
     meaning = f"entry {value} of the VM-entry MSR-load area{where} could not be loaded"
-    return Qualification((context.fact("MSR entry", value, meaning, warning),), meaning)
+    facts = [context.fact("MSR entry", value, meaning, warning)]
+    if table is not None and value and not warning:
+        facts += _msr_entry(table + 16 * (value - 1), value, context)
+    return Qualification(tuple(facts), meaning)
+
+
+def _msr_entry(address: int, number: int, context: Context) -> Iterator[Fact]:
+    """The entry itself, where memory is at hand."""
+    memory = context.guest.memory
+    if memory is None:
+        return
+    try:
+        entry = msr_areas.decode_entry(msr_areas.ENTRY_LOAD, number, address, memory.read(address, 16))
+    except MemoryUnavailable as error:
+        yield context.fact("MSR of the entry", None, f"not read: {error}")
+        return
+    why = "; ".join(entry.problems) or "nothing in the entry itself forbids it: the value is one that WRMSR refuses, or the MSR does not exist"
+    yield context.fact("MSR of the entry", entry.index, f"{entry.name}: {why}")
+    yield context.fact("value of the entry", entry.value, "")
 
 
 def _smi_io(value: int, context: Context) -> Qualification:
