@@ -60,15 +60,21 @@ def show(session: Session, processor: Optional[str], msr: Optional[List[str]]) -
     return report
 
 
-@verb("caps adjust", "the value to write for wanted controls, and what was forced", Arg("word", "choice", "control word", choices=tuple(WORD_SOURCES)),
-      Arg("wanted", "text", "a number, or names of controls (EPT VPID ...)", nargs="+"), Opt("--processor", "text", "file or preset (default: --caps)"), MSR)
+@verb(
+    "caps adjust",
+    "the value to write for wanted controls, and what was forced",
+    Arg("word", "choice", "control word", choices=tuple(WORD_SOURCES)),
+    Arg("wanted", "text", "a number, or names of controls (EPT VPID ...)", nargs="+"),
+    Opt("--processor", "text", "file or preset (default: --caps)"),
+    MSR,
+)
 def adjust(session: Session, word: str, wanted: List[str], processor: Optional[str], msr: Optional[List[str]]) -> Report:
     """The allowed-0/allowed-1 arithmetic with the TRUE MSRs: the value, and every bit that had to change, with why."""
     caps = capabilities(session, processor, msr)
     numbers = [item for item in wanted if item[:1].isdigit()]
     if numbers and len(wanted) > 1:
         raise UsageError("give one number or names of controls, not both")
-    target = parse_number(numbers[0]) if numbers else [item for item in wanted]
+    target = parse_number(numbers[0]) if numbers else list(wanted)
     found = caps.adjust(word, target)
     report = Report("caps adjust", python=_python(session, f"print(caps.adjust({word!r}, {target!r}))"))
     facts = Pairs("adjustment", title=bits.table(word).title)
@@ -77,7 +83,10 @@ def adjust(session: Session, word: str, wanted: List[str], processor: Optional[s
     facts.add("value", "write", hexa(found.value, digits, "strong"))
     facts.add("source", "by", f"{msr_name(found.source_msr)} ({found.source_msr:#x})" if found.source_msr is not None else None)
     report.add(facts)
-    for key, title, rows, style in (("forced_on", "Forced to 1", found.forced_on, ""), ("forced_off", "Not available: forced to 0", found.forced_off, "bad")):
+    for key, title, rows, style in (
+        ("forced_on", "Forced to 1", found.forced_on, ""),
+        ("forced_off", "Not available: forced to 0", found.forced_off, "bad"),
+    ):
         if rows:
             report.add(_forced_table(key, title, rows, style))
     if found.notes:
@@ -132,4 +141,8 @@ def _forced_table(key: str, title: str, rows: "tuple[ForcedBit, ...]", style: st
 
 
 def _python(session: Session, *lines: str) -> List[str]:
-    return ["import vtdbg", f"caps = vtdbg.VmxCapabilities.load({session.caps_name!r})" if session.caps_name else "caps = vtdbg.VmxCapabilities.from_msrs({})", *lines]
+    return [
+        "import vtdbg",
+        f"caps = vtdbg.VmxCapabilities.load({session.caps_name!r})" if session.caps_name else "caps = vtdbg.VmxCapabilities.from_msrs({})",
+        *lines,
+    ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
-from vtdbg.commands.vmcb import STALE_VMCB
 from vtdbg.findings import Finding
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Pairs, Report, Table, Value, text
@@ -18,12 +17,30 @@ OPTIONS = (
     Opt("--all", "flag", "list the checks that pass too"),
     Opt("--lint", "flag", "also mistakes that enter and break later"),
 )
-COLUMNS = (("id", "check"), ("message", "what"), ("verdict", ""), ("severity", ""), ("area", ""), ("see", ""), ("fields", ""), ("hint", ""), ("missing", ""))
+COLUMNS = (
+    ("id", "check"),
+    ("message", "what"),
+    ("verdict", ""),
+    ("severity", ""),
+    ("area", ""),
+    ("see", ""),
+    ("fields", ""),
+    ("hint", ""),
+    ("missing", ""),
+)
 
 
-@verb("vmcs check", "every VM-entry check that fails, not only the first", Arg("address", "address", "physical address of the VMCS page (default: every one that a scan finds)", nargs="?"),
-      *OPTIONS, Opt("--resume", "flag", "the entry is by VMRESUME (checks the launch state too)"), Opt("--launch", "flag", "the entry is by VMLAUNCH"))
-def check_vmcs(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], all: bool, lint: bool, resume: bool, launch: bool) -> Report:
+@verb(
+    "vmcs check",
+    "every VM-entry check that fails, not only the first",
+    Arg("address", "address", "physical address of the VMCS page (default: every one that a scan finds)", nargs="?"),
+    *OPTIONS,
+    Opt("--resume", "flag", "the entry is by VMRESUME (checks the launch state too)"),
+    Opt("--launch", "flag", "the entry is by VMLAUNCH"),
+)
+def check_vmcs(
+    session: Session, address: Optional[int], text: Optional[str], index: Optional[int], all: bool, lint: bool, resume: bool, launch: bool
+) -> Report:
     """All the checks of a VM entry: controls, host state, guest state, MSR-load area.  A check whose input is missing is undecided, with
     the input named; --caps gives the capability MSRs that many need.
     """
@@ -37,15 +54,21 @@ def check_vmcs(session: Session, address: Optional[int], text: Optional[str], in
         given: Dict[str, Any] = {"vmcs_address": item.address, "instruction": instruction}
         findings = check_vm_entry(item.vmcs, session.caps, memory, lint=lint, **given)
         outcome = predict_vm_entry(item.vmcs, session.caps, memory, **given)
-        group = Group("vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)})
+        group = Group(
+            "vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)}
+        )
         report.add(group)
         _status(report, findings)
         report.python += _python(session, "vmcs", item.address, text, "vtdbg.check_vm_entry(vmcs, caps, {memory})", memory)
     return report
 
 
-@verb("vmcb check", "every VMRUN check that fails, not only the first", Arg("address", "address", "physical address of the VMCB page, 0 included (default: every one that a scan finds)", nargs="?"),
-      *OPTIONS)
+@verb(
+    "vmcb check",
+    "every VMRUN check that fails, not only the first",
+    Arg("address", "address", "physical address of the VMCB page, 0 included (default: every one that a scan finds)", nargs="?"),
+    *OPTIONS,
+)
 def check_vmcb(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], all: bool, lint: bool) -> Report:
     """All the consistency checks of VMRUN.  A check whose input is missing is undecided, with the input named."""
     from vtdbg.svm.entry import check_vmrun
@@ -88,7 +111,10 @@ def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool) -> List
     lints = [finding for finding in findings if finding.failed and finding.severity != "fail"]
     undecided = [finding for finding in findings if finding.undecided]
     passed = [finding for finding in findings if not finding.failed and not finding.undecided]
-    for key, title, rows, style in (("failures", "Failures, in processor order", failed, "bad"), ("lints", "Enters, and breaks later", lints, "warn")):
+    for key, title, rows, style in (
+        ("failures", "Failures, in processor order", failed, "bad"),
+        ("lints", "Enters, and breaks later", lints, "warn"),
+    ):
         if rows:
             blocks.append(_failures(key, title, rows, style))
     if undecided:
@@ -101,8 +127,17 @@ def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool) -> List
 
 
 def _row(finding: Finding, message: Value, style: str) -> Tuple[Any, ...]:
-    return (text(finding.id, style), message, finding.verdict, finding.severity, finding.area, finding.see, Value(list(finding.fields), ""), finding.hint,
-            Value(list(finding.missing), ""))
+    return (
+        text(finding.id, style),
+        message,
+        finding.verdict,
+        finding.severity,
+        finding.area,
+        finding.see,
+        Value(list(finding.fields), ""),
+        finding.hint,
+        Value(list(finding.missing), ""),
+    )
 
 
 def _failures(key: str, title: str, rows: Sequence[Finding], style: str) -> Table:
@@ -148,8 +183,12 @@ def _outcome_words(outcome: Any) -> Value:
     }
     if outcome[0] == "entry-failure":
         qualification = outcome[2]
-        return Value(_outcome_data(outcome), f"VM exit with reason {outcome[1]} (0x{0x80000000 | outcome[1]:x}: VM-entry failure), qualification "
-                     + ("unknown" if qualification is None else str(qualification)), "bad")
+        return Value(
+            _outcome_data(outcome),
+            f"VM exit with reason {outcome[1]} (0x{0x80000000 | outcome[1]:x}: VM-entry failure), qualification "
+            + ("unknown" if qualification is None else str(qualification)),
+            "bad",
+        )
     return Value(_outcome_data(outcome), words[outcome[0]], "bad")
 
 
@@ -169,5 +208,9 @@ def _python(session: Session, kind: str, address: Optional[int], path: Optional[
     name = "Vmcs" if kind == "vmcs" else "Vmcb"
     made = f"vtdbg.{name}.from_text(open({path!r}).read())" if path is not None else f"vtdbg.{name}.from_page(machine.memory.read_page({address:#x}))"
     caps = f"vtdbg.VmxCapabilities.load({session.caps_name!r})" if session.caps_name else "None"
-    return [f"{kind} = {made}", f"caps = {caps}", f"for finding in {call.format(memory='machine.memory' if memory is not None else 'None')}:",
-            "    print(finding.verdict, finding.id, finding.message)"]
+    return [
+        f"{kind} = {made}",
+        f"caps = {caps}",
+        f"for finding in {call.format(memory='machine.memory' if memory is not None else 'None')}:",
+        "    print(finding.verdict, finding.id, finding.message)",
+    ]

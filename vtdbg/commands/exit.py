@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, Dict, List, Mapping, Optional
 
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
 from vtdbg.commands.session import Session
-from vtdbg.commands.vmcb import STALE_VMCB
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.explain import Advice, Explanation, Fact
 from vtdbg.numbers import parse_number
@@ -39,17 +38,30 @@ SVM_NUMBERS = (
 )
 
 
-@verb("exit explain", "what an exit means, from memory, a log or numbers",
-      Arg("address", "address", "physical address of the VMCS or VMCB (default: every one that a scan finds)", nargs="?"),
-      *NUMBERS, *SVM_NUMBERS,
-      Opt("--reg", "text", "a guest register, for operands: rbx=0x1000", many=True, metavar="NAME=VALUE"),
-      Opt("--instruction-error", "int", "explain a VM-instruction error instead"),
-      Opt("--abort", "int", "explain a VMX-abort indicator instead"),
-      Opt("--vmcb", "flag", "the address is that of a VMCB"),
-      Opt("--text", "path", "take the VMCS or VMCB from a log; - is the standard input", metavar="FILE"),
-      Opt("--index", "int", "which dump of the text, from 0"))
-def explain(session: Session, address: Optional[int], reg: Optional[List[str]], instruction_error: Optional[int], abort: Optional[int],
-            vmcb: bool, text: Optional[str], index: Optional[int], **numbers: Any) -> Report:
+@verb(
+    "exit explain",
+    "what an exit means, from memory, a log or numbers",
+    Arg("address", "address", "physical address of the VMCS or VMCB (default: every one that a scan finds)", nargs="?"),
+    *NUMBERS,
+    *SVM_NUMBERS,
+    Opt("--reg", "text", "a guest register, for operands: rbx=0x1000", many=True, metavar="NAME=VALUE"),
+    Opt("--instruction-error", "int", "explain a VM-instruction error instead"),
+    Opt("--abort", "int", "explain a VMX-abort indicator instead"),
+    Opt("--vmcb", "flag", "the address is that of a VMCB"),
+    Opt("--text", "path", "take the VMCS or VMCB from a log; - is the standard input", metavar="FILE"),
+    Opt("--index", "int", "which dump of the text, from 0"),
+)
+def explain(
+    session: Session,
+    address: Optional[int],
+    reg: Optional[List[str]],
+    instruction_error: Optional[int],
+    abort: Optional[int],
+    vmcb: bool,
+    text: Optional[str],
+    index: Optional[int],
+    **numbers: Any,
+) -> Report:
     """Every number in words, the operand and the instruction where memory and registers are known, and the advice for the handler:
     does RIP advance, what has to be injected again, which control caused the exit, how to avoid it.
     """
@@ -71,7 +83,10 @@ def explain(session: Session, address: Optional[int], reg: Optional[List[str]], 
 @verb("exit reasons", "every exit reason and exit code in one list", Arg("which", "choice", "vmx or svm", nargs="?", choices=("vmx", "svm")))
 def reasons(session: Session, which: Optional[str]) -> Report:
     """The basic exit reasons of the SDM and the exit codes of the APM, with the kernel's names."""
-    report = Report("exit reasons", python=["from vtdbg.vmx.exits import reasons", "for number, row in reasons().items():", "    print(number, row.name, row.title)"])
+    report = Report(
+        "exit reasons",
+        python=["from vtdbg.vmx.exits import reasons", "for number, row in reasons().items():", "    print(number, row.name, row.title)"],
+    )
     if which != "svm":
         table = Table("vmx", (("number", "reason"), ("hex", "hex"), ("name", "name"), ("title", "meaning")), title="VMX basic exit reasons")
         for number, row in vmx_exits.reasons().items():
@@ -104,7 +119,9 @@ def _split(given: Mapping[str, Any]) -> "tuple[Dict[str, Any], Dict[str, Any]]":
         if isinstance(numbers.get(key), str):
             numbers[key] = _number_or_name(numbers[key])
     if svm and vmx:
-        raise UsageError(f"--{next(iter(svm)).replace('_', '-')} is of SVM and --{next(iter(vmx)).replace('_', '-')} of VMX: an exit is one or the other")
+        raise UsageError(
+            f"--{next(iter(svm)).replace('_', '-')} is of SVM and --{next(iter(vmx)).replace('_', '-')} of VMX: an exit is one or the other"
+        )
     return vmx, svm
 
 
@@ -150,8 +167,9 @@ def _from_text(report: Report, path: str, index: Optional[int], registers: Mappi
     report.python = ["import vtdbg", "from vtdbg.vmx.exits import explain_vmcs", f"print(explain_vmcs(vtdbg.Vmcs.from_text(open({path!r}).read())))"]
 
 
-def _from_memory(report: Report, session: Session, address: Optional[int], vmcb: bool, registers: Mapping[str, Optional[int]],
-                 given: Mapping[str, Any]) -> None:
+def _from_memory(
+    report: Report, session: Session, address: Optional[int], vmcb: bool, registers: Mapping[str, Optional[int]], given: Mapping[str, Any]
+) -> None:
     vmx, svm = _split(given)
     memory = session.machine.memory
     report.header, report.notes = session.header(), list(session.machine.warnings)
@@ -175,8 +193,10 @@ def _numbered(report: Report, instruction_error: Optional[int], abort: Optional[
         report.add(explanation_group(vmx_exits.explain_instruction_error(instruction_error), "", "VM-instruction error"))
     if abort is not None:
         report.add(explanation_group(vmx_exits.explain_abort(abort), "", "VMX abort"))
-    report.python = ["from vtdbg.vmx.exits import explain_abort, explain_instruction_error",
-                     f"print(explain_instruction_error({instruction_error}))" if instruction_error is not None else f"print(explain_abort({abort}))"]
+    report.python = [
+        "from vtdbg.vmx.exits import explain_abort, explain_instruction_error",
+        f"print(explain_instruction_error({instruction_error}))" if instruction_error is not None else f"print(explain_abort({abort}))",
+    ]
 
 
 def explanation_group(found: Explanation, where: str, kind: str = "") -> Group:
@@ -203,8 +223,13 @@ def explanation_group(found: Explanation, where: str, kind: str = "") -> Group:
 
 
 def _facts(key: str, facts: "tuple[Fact, ...]", title: str, dim: bool = False) -> Table:
-    table = Table(key, (("label", "what"), ("value", "value"), ("meaning", "meaning"), ("group", ""), ("source", ""), ("warning", "")),
-                  title=title, wrap="meaning", headings=False)
+    table = Table(
+        key,
+        (("label", "what"), ("value", "value"), ("meaning", "meaning"), ("group", ""), ("source", ""), ("warning", "")),
+        title=title,
+        wrap="meaning",
+        headings=False,
+    )
     for fact in facts:
         style = "bad" if fact.warning else "dim" if dim else ""
         meaning = "; ".join(part for part in (_meaning(fact), fact.warning) if part)

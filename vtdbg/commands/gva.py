@@ -7,9 +7,8 @@ from typing import List, Optional, Tuple
 
 from vtdbg.commands.nested import ACCESS, npt_of
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
+from vtdbg.commands.select import chosen_blocks
 from vtdbg.commands.session import Session
-from vtdbg.commands.vmcb import STALE_VMCB
 from vtdbg.commands.walks import MARK, access_text, remarks, steps_table
 from vtdbg.errors import UsageError
 from vtdbg.gva import Translation, translate
@@ -32,14 +31,31 @@ class View:
     python: str
 
 
-@verb("gva walk", "a linear address through both dimensions, entry by entry", Arg("gva", "address", "linear address"),
-      Opt("--vmcs", "address", "the guest of this VMCS"), Opt("--vmcb", "address", "the guest of this VMCB"),
-      Opt("--host", "flag", "an address of the host: with --vmcs its HOST_CR3, else the CR3 of the processor"),
-      Opt("--cr3", "address", "another CR3"), Opt("--eptp", "address", "nested tables by their EPT pointer"),
-      Opt("--ncr3", "address", "nested tables by their nested CR3"),
-      Opt("--paging", "text", "paging mode where it is not known: 4-level, 5-level, PAE, 32-bit, none"), ACCESS)
-def walk(session: Session, gva: int, vmcs: Optional[int], vmcb: Optional[int], host: bool, cr3: Optional[int], eptp: Optional[int],
-         ncr3: Optional[int], paging: Optional[str], access: Optional[str]) -> Report:
+@verb(
+    "gva walk",
+    "a linear address through both dimensions, entry by entry",
+    Arg("gva", "address", "linear address"),
+    Opt("--vmcs", "address", "the guest of this VMCS"),
+    Opt("--vmcb", "address", "the guest of this VMCB"),
+    Opt("--host", "flag", "an address of the host: with --vmcs its HOST_CR3, else the CR3 of the processor"),
+    Opt("--cr3", "address", "another CR3"),
+    Opt("--eptp", "address", "nested tables by their EPT pointer"),
+    Opt("--ncr3", "address", "nested tables by their nested CR3"),
+    Opt("--paging", "text", "paging mode where it is not known: 4-level, 5-level, PAE, 32-bit, none"),
+    ACCESS,
+)
+def walk(
+    session: Session,
+    gva: int,
+    vmcs: Optional[int],
+    vmcb: Optional[int],
+    host: bool,
+    cr3: Optional[int],
+    eptp: Optional[int],
+    ncr3: Optional[int],
+    paging: Optional[str],
+    access: Optional[str],
+) -> Report:
     """The guest's tables are guest-physical: each of their entries is itself found through EPT or NPT, and those entries are shown too.
 
     Without an option the guest of every VMCS and VMCB that a scan finds is walked.
@@ -57,24 +73,27 @@ def walk(session: Session, gva: int, vmcs: Optional[int], vmcb: Optional[int], h
     return report
 
 
-def _views(session: Session, vmcs: Optional[int], vmcb: Optional[int], host: bool, cr3: Optional[int], eptp: Optional[int],
-           ncr3: Optional[int], mode: Optional[str]) -> Tuple[List[View], List[str]]:
+def _views(
+    session: Session,
+    vmcs: Optional[int],
+    vmcb: Optional[int],
+    host: bool,
+    cr3: Optional[int],
+    eptp: Optional[int],
+    ncr3: Optional[int],
+    mode: Optional[str],
+) -> Tuple[List[View], List[str]]:
     """The address spaces that the options name, and what has to be said of how fresh they are."""
-    if sum(item is not None for item in (vmcs, vmcb)) > 1 or sum(item is not None for item in (eptp, ncr3)) > 1:
-        raise UsageError("give one of --vmcs and --vmcb, and one of --eptp and --ncr3")
+    if eptp is not None and ncr3 is not None:
+        raise UsageError("give one of --eptp and --ncr3")
     given = Ept(eptp, session.caps) if eptp is not None else _npt(ncr3) if ncr3 is not None else None
     if vmcs is None and vmcb is None and (host or cr3 is not None):
         return [_bare_view(session, host, cr3, given, mode)], []
-    views: List[View] = []
-    stale: List[str] = []
-    if vmcs is not None or (vmcb is None and found_blocks(session, "vmcs")):
-        views += [_vmcs_view(session, item.vmcs, item.title, host, given) for item in chosen_vmcs(session, vmcs)]
-        stale.append(STALE_VMCS)
-    if vmcb is not None or (vmcs is None and found_blocks(session, "vmcb")):
-        if host:
-            raise UsageError("a VMCB does not hold the host's CR3: give --cr3, or leave out --vmcb")
-        views += [_vmcb_view(session, item.vmcb, item.title, given) for item in chosen_vmcb(session, vmcb)]
-        stale.append(STALE_VMCB)
+    intel, amd, stale = chosen_blocks(session, vmcs, vmcb)
+    if host and amd:
+        raise UsageError("a VMCB does not hold the host's CR3: give --cr3, or leave out --vmcb")
+    views = [_vmcs_view(session, item.vmcs, item.title, host, given) for item in intel]
+    views += [_vmcb_view(session, item.vmcb, item.title, given) for item in amd]
     if not views:
         raise UsageError("no VMCS and no VMCB found: give --vmcs, --vmcb, or --cr3")
     return [_adjusted(view, cr3, mode) for view in views], stale
@@ -113,7 +132,9 @@ def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Opt
         # After a VM exit a 64-bit host has LMA and LME set whatever IA32_EFER was loaded (SDM vol. 3, Loading Host Control Registers).
         from vtdbg.vmx.controls import control
 
-        paging = Paging.from_registers(vmcs["HOST_CR0"], vmcs["HOST_CR3"], vmcs["HOST_CR4"], None, long_mode=control(vmcs, "exit", "HOST_ADDR_SPACE_SIZE"))
+        paging = Paging.from_registers(
+            vmcs["HOST_CR0"], vmcs["HOST_CR3"], vmcs["HOST_CR4"], None, long_mode=control(vmcs, "exit", "HOST_ADDR_SPACE_SIZE")
+        )
         return View(f"host of {title}", paging, None, _python(paging, None))
     tables = nested
     if tables is None:
@@ -151,7 +172,11 @@ def _group(found: Translation, title: str) -> Group:
     if found.final is not None:
         group.add(_dimension(found.final, f"{found.final.structure}: to the page, GPA {found.final.address:#x}", "final"))
     facts = Pairs("result")
-    facts.add("outcome", "result", Value(found.outcome, "mapped" if found.mapped else f"{found.outcome} ({found.dimension} tables): {found.reason}", MARK[found.outcome]))
+    facts.add(
+        "outcome",
+        "result",
+        Value(found.outcome, "mapped" if found.mapped else f"{found.outcome} ({found.dimension} tables): {found.reason}", MARK[found.outcome]),
+    )
     if found.gpa is not None and found.final is not None:
         facts.add("gpa", "guest-physical", hexa(found.gpa, 9, link=f"ept walk {found.gpa:#x}"))
     if found.hpa is not None:

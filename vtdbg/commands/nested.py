@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt
-from vtdbg.commands.select import STALE_VMCS, chosen_vmcb, chosen_vmcs
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
-from vtdbg.commands.vmcb import STALE_VMCB
 from vtdbg.commands.walks import access_text, walk_group
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
@@ -92,7 +91,7 @@ def npt_of(session: Session, vmcb: Vmcb) -> Npt:
 
 
 def title_of(root: Root, words: str) -> str:
-    """"GPA 0x1000 through EPTP 0x3afa05e (VMCS at 0x6826000)"."""
+    """ "GPA 0x1000 through EPTP 0x3afa05e (VMCS at 0x6826000)"."""
     return f"{words} through {root.title}" + (f" ({', '.join(root.users)})" if root.users else "")
 
 
@@ -117,7 +116,6 @@ def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int,
     return report
 
 
-
 def dump_report(command: str, session: Session, roots: Sequence[Root], gpa: Optional[str], limit: int) -> Report:
     """All ranges of each root, problems with the path to them, and a line that sums up."""
     first, end = parse_range(gpa) if gpa else (0, 1 << 64)
@@ -129,7 +127,9 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], gpa: Opti
         report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
     report.python += ["from vtdbg.enumeration import ranges", "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
     for root in roots:
-        group = Group("tables", title_of(root, "everything mapped" if not gpa else f"GPA {first:#x} to {end - 1:#x}"), [], {"root": f"{root.tables.root:#x}"})
+        group = Group(
+            "tables", title_of(root, "everything mapped" if not gpa else f"GPA {first:#x} to {end - 1:#x}"), [], {"root": f"{root.tables.root:#x}"}
+        )
         report.add(group)
         if root.tables.root_problem:
             group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
@@ -146,19 +146,42 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], gpa: Opti
             group.add(_problem_table(found))
             report.status = FINDINGS
         made = f"Ept({root.python})" if kind == "ept" else f"Npt({root.python})"
-        report.python += [f"for row in ranges(machine.memory, {made}):", "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)"]
+        report.python += [
+            f"for row in ranges(machine.memory, {made}):",
+            "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)",
+        ]
     return report
 
 
 def _range_table(found: Enumeration, limit: int) -> Tuple[Table, bool]:
     """Up to `limit` rows; True where there are more."""
-    table = Table("ranges", (("first", "guest-physical"), ("last", ""), ("target", "host-physical"), ("size", "size"), ("page_size", "pages of"),
-                             ("permissions", "perm"), ("memory_type", "type"), ("flags", "flags")), empty="nothing is mapped")
+    table = Table(
+        "ranges",
+        (
+            ("first", "guest-physical"),
+            ("last", ""),
+            ("target", "host-physical"),
+            ("size", "size"),
+            ("page_size", "pages of"),
+            ("permissions", "perm"),
+            ("memory_type", "type"),
+            ("flags", "flags"),
+        ),
+        empty="nothing is mapped",
+    )
     for number, row in enumerate(found):
         if number == limit:
             return table, True
-        table.add(hexa(row.start, 9), hexa(row.end - 1, 9), hexa(row.target, 9), Value(row.length, size_text(row.length)),
-                  Value(row.page_size, size_text(row.page_size)), str(row.permissions), row.memory_type, Value(list(row.flags), " ".join(row.flags)))
+        table.add(
+            hexa(row.start, 9),
+            hexa(row.end - 1, 9),
+            hexa(row.target, 9),
+            Value(row.length, size_text(row.length)),
+            Value(row.page_size, size_text(row.page_size)),
+            str(row.permissions),
+            row.memory_type,
+            Value(list(row.flags), " ".join(row.flags)),
+        )
     return table, False
 
 
@@ -166,13 +189,25 @@ def _summary(found: Enumeration, table: Table) -> Value:
     total = sum(size * count for size, count in found.pages.items())
     counts = ", ".join(f"{count} pages of {size_text(size)}" for size, count in sorted(found.pages.items()))
     words = f"{size_text(total)} mapped in {len(table.rows)} ranges ({counts or 'no pages'}); {found.tables_read} tables read"
-    data = {"bytes": total, "ranges": len(table.rows), "pages": {str(size): count for size, count in found.pages.items()}, "tables": found.tables_read}
+    data = {
+        "bytes": total,
+        "ranges": len(table.rows),
+        "pages": {str(size): count for size, count in found.pages.items()},
+        "tables": found.tables_read,
+    }
     return Value(data, words, "dim")
 
 
 def _problem_table(found: Enumeration) -> Table:
-    table = Table("problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title="Problems", wrap="text")
+    table = Table(
+        "problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title="Problems", wrap="text"
+    )
     for problem in found.problems:
-        table.add(Value(problem.kind, problem.kind, "bad"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)), problem.text,
-                  Value([f"{address:#x}" for address in problem.path], ""))
+        table.add(
+            Value(problem.kind, problem.kind, "bad"),
+            hexa(problem.start, 9),
+            Value(problem.length, size_text(problem.length)),
+            problem.text,
+            Value([f"{address:#x}" for address in problem.path], ""),
+        )
     return table

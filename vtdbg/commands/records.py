@@ -42,7 +42,9 @@ def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: b
                 table.add(*_row(row))
             blocks.append(table)
     if hidden:
-        blocks.append(Lines("hidden", [Value(hidden, f"{hidden} fields that the controls leave unused are 0 and not shown (--all shows them).", "dim")]))
+        blocks.append(
+            Lines("hidden", [Value(hidden, f"{hidden} fields that the controls leave unused are 0 and not shown (--all shows them).", "dim")])
+        )
     return blocks
 
 
@@ -50,8 +52,14 @@ def _row(row: Shown) -> List[Any]:
     style = "dim" if row.why else ""
     reserved = "!" in row.meaning
     words = in_words(row)
-    return [text(row.name, style), hexa(row.value, row.digits, style), Value(row.meaning, words, style or ("warn" if reserved else "")),
-            text(row.source), text(row.title), Value(not row.why, "")]
+    return [
+        text(row.name, style),
+        hexa(row.value, row.digits, style),
+        Value(row.meaning, words, style or ("warn" if reserved else "")),
+        text(row.source),
+        text(row.title),
+        Value(not row.why, ""),
+    ]
 
 
 def in_words(row: Shown) -> str:
@@ -64,4 +72,3 @@ def short_source(source: str) -> str:
     """The provenance without what the title and the head of the group say already (page and layout)."""
     found = re.search(r"offset 0x[0-9a-f]+", source)
     return found.group() if found and ", inferred" not in source else source
-

@@ -60,7 +60,26 @@ class Verb:
         return " ".join(self.words)
 
 
-# A group is a module of vtdbg.commands: imported only when one of its verbs is used, so that `--help` and completion stay fast.
+# The modules of a group are imported only when one of its verbs is used, so that `--help` and completion of others stay fast.
+MODULES: Mapping[str, Tuple[str, ...]] = {
+    "vmcs": ("vmcs", "checks"),
+    "vmcb": ("vmcb", "checks"),
+    "ept": ("ept",),
+    "npt": ("npt",),
+    "gva": ("gva",),
+    "exit": ("exit",),
+    "gdt": ("descriptors",),
+    "ldt": ("descriptors",),
+    "idt": ("descriptors",),
+    "tss": ("descriptors",),
+    "msrbitmap": ("bitmaps",),
+    "iobitmap": ("bitmaps",),
+    "page": ("pages",),
+    "caps": ("caps",),
+    "decode": ("decode",),
+    "source": ("source",),
+}
+
 GROUPS: Mapping[str, str] = {
     "vmcs": "VMCS: find, dump, get, check",
     "vmcb": "VMCB: find, dump, get, check",
@@ -68,17 +87,24 @@ GROUPS: Mapping[str, str] = {
     "npt": "NPT: the same for AMD",
     "gva": "guest-virtual addresses through both dimensions",
     "exit": "VM exits: what they mean and what to do",
+    "gdt": "global descriptor table, with the access rights as VMWRITE wants them",
+    "ldt": "local descriptor table",
+    "idt": "interrupt descriptor table",
+    "tss": "task-state segment, with the I/O permission bitmap",
+    "msrbitmap": "which MSR accesses exit",
+    "iobitmap": "which port accesses exit",
+    "page": "the other pages and lists that a VMCS points to",
     "caps": "capability MSRs: what a processor allows",
+    "decode": "any register, field, entry or MSR by name and value",
     "source": "what the dump or the target is",
 }
-
-# Verbs of a group that live in a module of their own.
-MORE_MODULES: Mapping[str, Tuple[str, ...]] = {"vmcs": ("checks",), "vmcb": ("checks",)}
 
 _VERBS: Dict[Tuple[str, ...], Verb] = {}
 
 
-def verb(name: str, summary: str, *parameters: "Arg | Opt", description: str = "", live: bool = False) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
+def verb(
+    name: str, summary: str, *parameters: "Arg | Opt", description: str = "", live: bool = False
+) -> Callable[[Callable[..., Report]], Callable[..., Report]]:
     """Declares the decorated function as a verb; it is called with the Session and one keyword an argument."""
     arguments = tuple(item for item in parameters if isinstance(item, Arg))
     options = tuple(item for item in parameters if isinstance(item, Opt))
@@ -95,7 +121,7 @@ def verbs_of(group: str) -> List[Verb]:
     """The verbs of a group, in the order of their declaration."""
     if group not in GROUPS:
         raise UnknownName("command", group, near_names(group, GROUPS))
-    for module in (group, *MORE_MODULES.get(group, ())):
+    for module in MODULES[group]:
         importlib.import_module(f"vtdbg.commands.{module}")
     return [found for words, found in _VERBS.items() if words[0] == group]
 
@@ -141,8 +167,13 @@ class ArgumentParser(argparse.ArgumentParser):
 @cache
 def parser_for(found: Verb, program: str = "vtdbg") -> ArgumentParser:
     """The verb's command line as an argparse parser, common options included."""
-    parser = ArgumentParser(prog=f"{program} {found.name}".strip(), description=found.description or found.summary, add_help=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=f"{program} {found.name}".strip(),
+        description=found.description or found.summary,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for argument in found.arguments:
         extra: Dict[str, Any] = {"nargs": argument.nargs} if argument.nargs else {}
         if argument.choices:

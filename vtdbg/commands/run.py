@@ -63,8 +63,11 @@ def overview(program: str, words: Sequence[str] = ()) -> str:
         return registry.usage(found, program)
     lines = [f"usage: {program} GROUP VERB [arguments] [-s SOURCE]".replace("  ", " "), ""]
     lines += [f"  {group:<10} {summary}" for group, summary in registry.GROUPS.items()]
-    lines += ["", f"{program} GROUP lists its verbs; {program} GROUP VERB --help explains one.".strip(),
-              "Exit status: 0 fine, 1 findings, 2 bad input."]
+    lines += [
+        "",
+        f"{program} GROUP lists its verbs; {program} GROUP VERB --help explains one.".strip(),
+        "Exit status: 0 fine, 1 findings, 2 bad input.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
@@ -13,6 +13,7 @@ from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.vmcs import Vmcs
 
 # SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
+STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
 STALE_VMCS = "a VMCS in memory may be stale: a current one may be kept in the processor until VMCLEAR"
 
 
@@ -69,8 +70,9 @@ def vmcs_at(session: Session, address: int) -> VmcsAt:
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
     """What a scan of the memory finds, kept until the target runs."""
-    found: List[Found] = session.remembered(f"scan {kind} {session.layout_name}",
-                                            lambda: relate(scan(session.machine, kinds=(kind,), layout=session.layout), session.machine))
+    found: List[Found] = session.remembered(
+        f"scan {kind} {session.layout_name}", lambda: relate(scan(session.machine, kinds=(kind,), layout=session.layout), session.machine)
+    )
     return found
 
 
@@ -82,20 +84,42 @@ def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[
         return [vmcs_at(session, address)]
     chosen = [VmcsAt(found.address, found.vmcs, found) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
     if not chosen:
-        raise FormatError(session.machine.name, "no VMCS found; give its address, or a layout with --layout (`vmcs list --rejected` shows what came near)")
+        raise FormatError(
+            session.machine.name, "no VMCS found; give its address, or a layout with --layout (`vmcs list --rejected` shows what came near)"
+        )
     return chosen
 
 
-def chosen_vmcb(session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None,
-                layout: str = "vmcb") -> List[VmcbAt]:
+def chosen_vmcb(
+    session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None, layout: str = "vmcb"
+) -> List[VmcbAt]:
     """The VMCB that the user named, or every one that a scan finds."""
     if text is not None:
         return [VmcbAt(None, Vmcb.from_text(read_text(text), index))]
     if address is not None:
         page = aligned_page(session, address, "VMCB")
         return [VmcbAt(address, Vmcb.from_page(page, layout))]
-    chosen = [VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)
-              for found in found_blocks(session, "vmcb") if found.classification == "vmcb"]
+    chosen = [
+        VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)
+        for found in found_blocks(session, "vmcb")
+        if found.classification == "vmcb"
+    ]
     if not chosen:
         raise FormatError(session.machine.name, "no VMCB found; give its physical address")
     return chosen
+
+
+def chosen_blocks(session: Session, vmcs: Optional[int], vmcb: Optional[int]) -> Tuple[List[VmcsAt], List[VmcbAt], List[str]]:
+    """The control blocks of a command that takes --vmcs and --vmcb: the named one, or all that a scan finds of both kinds.
+
+    The third item is what has to be said of how fresh they are.  All empty where a scan finds nothing.
+    """
+    if vmcs is not None and vmcb is not None:
+        raise UsageError("give one of --vmcs and --vmcb")
+    intel = chosen_vmcs(session, vmcs) if vmcs is not None or (vmcb is None and _any(session, "vmcs")) else []
+    amd = chosen_vmcb(session, vmcb) if vmcb is not None or (vmcs is None and _any(session, "vmcb")) else []
+    return intel, amd, [STALE_VMCS] * bool(intel) + [STALE_VMCB] * bool(amd)
+
+
+def _any(session: Session, kind: str) -> bool:
+    return any(found.vmcs is not None or found.classification == "vmcb" for found in found_blocks(session, kind))

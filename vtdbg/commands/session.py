@@ -48,7 +48,7 @@ class Session:
             elif self.source.startswith("sample:"):
                 from vtdbg.samples import open_sample
 
-                self._machine = open_sample(self.source[len("sample:"):])
+                self._machine = open_sample(self.source[len("sample:") :])
             else:
                 from vtdbg.memory.open import open_machine
 

@@ -27,8 +27,12 @@ def info(session: Session) -> Report:
         report.add(Lines("ranges_unknown", ["memory ranges: unknown to this target"]))
     else:
         total = sum(length for _, length in ranges)
-        table = Table("ranges", (("first", "first address"), ("last", "last address"), ("size", "size")),
-                      title=f"Physical memory: {size_text(total)} in {len(ranges)} range{'s' * (len(ranges) != 1)}", empty="none")
+        table = Table(
+            "ranges",
+            (("first", "first address"), ("last", "last address"), ("size", "size")),
+            title=f"Physical memory: {size_text(total)} in {len(ranges)} range{'s' * (len(ranges) != 1)}",
+            empty="none",
+        )
         for first, length in ranges[:SHOWN_RANGES]:
             table.add(hexa(first, 12), hexa(first + length - 1, 12), size_text(length))
         report.add(table)
@@ -45,8 +49,12 @@ REGISTERS = ("rip", "rsp", "rflags", "cr0", "cr3", "cr4", "efer", "gdtr_base", "
 def _cpus(session: Session) -> Table:
     machine = session.machine
     known = [name for name in REGISTERS if any(cpu.get(name) is not None for cpu in machine.cpus)]
-    table = Table("cpus", (("cpu", "cpu"), ("register", "register"), ("value", "value"), ("source", "from")), title="Processors",
-                  empty="this source says nothing of registers")
+    table = Table(
+        "cpus",
+        (("cpu", "cpu"), ("register", "register"), ("value", "value"), ("source", "from")),
+        title="Processors",
+        empty="this source says nothing of registers",
+    )
     for cpu in machine.cpus:
         for name in known:
             table.add(str(cpu.index), name, hexa(cpu.get(name), 16), text(cpu.source, "dim"))

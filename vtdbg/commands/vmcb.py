@@ -6,40 +6,54 @@ from typing import Iterator, List, Optional
 
 from vtdbg.commands.records import Shown, group_tables, in_words, short_source
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import VmcbAt, chosen_vmcb, found_blocks
+from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb, found_blocks
 from vtdbg.commands.session import Session
 from vtdbg.report import Group, Pairs, Report, Table, Value, hexa, text
 from vtdbg.svm import fields as vmcb_fields
 from vtdbg.svm.gates import unused_because
-from vtdbg.svm.words import value_in_words
 from vtdbg.svm.vmcb import FieldValue, Vmcb
+from vtdbg.svm.words import value_in_words
 
 ADDRESS = Arg("address", "address", "physical address of the VMCB page, 0 included (default: every one that a scan finds)", nargs="?")
 TEXT = Opt("--text", "path", "take the VMCB from a log (KVM dump_vmcb, Xen); - is the standard input", metavar="FILE")
 INDEX = Opt("--index", "int", "which dump of the text, from 0")
-STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
 
 
 @verb("vmcb list", "find every VMCB in the memory, with the evidence")
 def list_(session: Session) -> Report:
     """A VMCB has no signature: pages are taken for one by what a VMRUN would have to accept.  0 is a legal address."""
     report = Report("vmcb list", header=session.header(), notes=list(session.machine.warnings))
-    table = Table("vmcb", (("address", "address"), ("kind", "kind"), ("score", "score"), ("summary", "evidence")), empty="no VMCB found", wrap="summary")
+    table = Table(
+        "vmcb", (("address", "address"), ("kind", "kind"), ("score", "score"), ("summary", "evidence")), empty="no VMCB found", wrap="summary"
+    )
     found = found_blocks(session, "vmcb")
     for item in found:
-        table.add(hexa(item.address, link=f"vmcb dump {item.address:#x}"), text(item.classification, "good" if item.classification == "vmcb" else "dim"),
-                  str(item.score), item.summary)
+        table.add(
+            hexa(item.address, link=f"vmcb dump {item.address:#x}"),
+            text(item.classification, "good" if item.classification == "vmcb" else "dim"),
+            str(item.score),
+            item.summary,
+        )
     report.add(table)
     if found:
         report.notes.append(STALE_VMCB)
-    report.python = [*session.python_open(), 'for found in vtdbg.scan(machine, kinds=("vmcb",)):',
-                     "    print(hex(found.address), found.classification, found.score, found.evidence)"]
+    report.python = [
+        *session.python_open(),
+        'for found in vtdbg.scan(machine, kinds=("vmcb",)):',
+        "    print(hex(found.address), found.classification, found.score, found.evidence)",
+    ]
     return report
 
 
-@verb("vmcb dump", "every field by name and value, decoded bit by bit", ADDRESS, TEXT, INDEX,
-      Opt("--vmsa", "flag", "the page is an SEV-ES save area (VMSA), decrypted"),
-      Opt("--all", "flag", "unused fields that are 0 too"))
+@verb(
+    "vmcb dump",
+    "every field by name and value, decoded bit by bit",
+    ADDRESS,
+    TEXT,
+    INDEX,
+    Opt("--vmsa", "flag", "the page is an SEV-ES save area (VMSA), decrypted"),
+    Opt("--all", "flag", "unused fields that are 0 too"),
+)
 def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], vmsa: bool, all: bool) -> Report:
     """Fields that the controls leave unused are dimmed, with the control that leaves them unused."""
     layout = "vmsa" if vmsa else "vmcb"
@@ -56,8 +70,14 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
     return report
 
 
-@verb("vmcb get", "the value of some fields", Arg("field", "field", "name or offset; several may follow", nargs="+"),
-      Opt("--at", "address", "physical address of the VMCB page (default: every one that a scan finds)"), TEXT, INDEX)
+@verb(
+    "vmcb get",
+    "the value of some fields",
+    Arg("field", "field", "name or offset; several may follow", nargs="+"),
+    Opt("--at", "address", "physical address of the VMCB page (default: every one that a scan finds)"),
+    TEXT,
+    INDEX,
+)
 def get(session: Session, field: List[str], at: Optional[int], text: Optional[str], index: Optional[int]) -> Report:
     """Linux' member names (rip, exit_code, cs.selector), the names of the APM, Xen and Bochs, or the offset (0x70)."""
     wanted = [vmcb_fields.find(name) for name in field]
@@ -67,8 +87,12 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
         table = Table("fields", (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from")), wrap="meaning", headings=False)
         for row in wanted:
             shown = _shown(item.vmcb, item.vmcb.value(row.offset))
-            table.add(shown.name, hexa(shown.value, shown.digits), Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
-                      Value(shown.source, short_source(shown.source), "dim"))
+            table.add(
+                shown.name,
+                hexa(shown.value, shown.digits),
+                Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
+                Value(shown.source, short_source(shown.source), "dim"),
+            )
         report.add(Group("vmcb", item.title, [table], {"address": _hex(item.address)}))
     return report
 
@@ -99,5 +123,13 @@ def shown_values(vmcb: Vmcb) -> Iterator[Shown]:
 
 def _shown(vmcb: Vmcb, value: FieldValue) -> Shown:
     field = value.field
-    return Shown(field.name, field.title, field.group, value.value, field.digits, value_in_words(field, value.value), value.source,
-                 why=unused_because(vmcb, field) or "")
+    return Shown(
+        field.name,
+        field.title,
+        field.group,
+        value.value,
+        field.digits,
+        value_in_words(field, value.value),
+        value.source,
+        why=unused_because(vmcb, field) or "",
+    )

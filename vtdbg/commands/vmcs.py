@@ -27,8 +27,11 @@ GROUPS: Dict[str, tuple[str, ...]] = {
 }
 
 
-@verb("vmcs list", "find every VMCS in the memory, with the evidence",
-      Opt("--rejected", "flag", "also show pages that begin with a known revision id and are no VMCS"))
+@verb(
+    "vmcs list",
+    "find every VMCS in the memory, with the evidence",
+    Opt("--rejected", "flag", "also show pages that begin with a known revision id and are no VMCS"),
+)
 def list_(session: Session, rejected: bool) -> Report:
     """Scans page by page for regions that begin with a known revision id and decode to something plausible.
 
@@ -36,15 +39,29 @@ def list_(session: Session, rejected: bool) -> Report:
     """
     report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
     found = found_blocks(session, "vmcs")
-    table = Table("vmcs", (("address", "address"), ("kind", "kind"), ("layout", "layout"), ("score", "score"), ("summary", "evidence")),
-                  empty="no VMCS found", wrap="summary")
+    table = Table(
+        "vmcs",
+        (("address", "address"), ("kind", "kind"), ("layout", "layout"), ("score", "score"), ("summary", "evidence")),
+        empty="no VMCS found",
+        wrap="summary",
+    )
     for item in found:
-        table.add(hexa(item.address, link=f"vmcs dump {item.address:#x}"), text(item.classification, "good" if item.vmcs else "dim"),
-                  item.layout_id, str(item.score), item.summary)
+        table.add(
+            hexa(item.address, link=f"vmcs dump {item.address:#x}"),
+            text(item.classification, "good" if item.vmcs else "dim"),
+            item.layout_id,
+            str(item.score),
+            item.summary,
+        )
     report.add(table)
     if rejected:
-        near = Table("rejected", (("address", "address"), ("layout", "layout"), ("score", "score"), ("summary", "why not")),
-                     title="Rejected pages", empty="none", wrap="summary")
+        near = Table(
+            "rejected",
+            (("address", "address"), ("layout", "layout"), ("score", "score"), ("summary", "why not")),
+            title="Rejected pages",
+            empty="none",
+            wrap="summary",
+        )
         from vtdbg.scan import scan
 
         for item in scan(session.machine, kinds=("vmcs",), layout=session.layout, rejected=True):
@@ -53,14 +70,23 @@ def list_(session: Session, rejected: bool) -> Report:
         report.add(near)
     if found:
         report.notes.append(STALE_VMCS)
-    report.python = [*session.python_open(), 'for found in vtdbg.scan(machine, kinds=("vmcs",)):',
-                     "    print(hex(found.address), found.classification, found.score, found.evidence)"]
+    report.python = [
+        *session.python_open(),
+        'for found in vtdbg.scan(machine, kinds=("vmcs",)):',
+        "    print(hex(found.address), found.classification, found.score, found.evidence)",
+    ]
     return report
 
 
-@verb("vmcs dump", "every field by name and value, decoded bit by bit", ADDRESS, TEXT, INDEX,
-      Opt("--group", "choice", "only these fields", choices=tuple(GROUPS)),
-      Opt("--all", "flag", "unused fields that are 0 too"))
+@verb(
+    "vmcs dump",
+    "every field by name and value, decoded bit by bit",
+    ADDRESS,
+    TEXT,
+    INDEX,
+    Opt("--group", "choice", "only these fields", choices=tuple(GROUPS)),
+    Opt("--all", "flag", "unused fields that are 0 too"),
+)
 def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], group: Optional[str], all: bool) -> Report:
     """Fields that the controls leave unused are dimmed, with the control that leaves them unused."""
     chosen = chosen_vmcs(session, address, text, index)
@@ -72,8 +98,14 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
     return report
 
 
-@verb("vmcs get", "the value of some fields", Arg("field", "field", "name or encoding; several may follow", nargs="+"),
-      Opt("--at", "address", "physical address of the VMCS page (default: every one that a scan finds)"), TEXT, INDEX)
+@verb(
+    "vmcs get",
+    "the value of some fields",
+    Arg("field", "field", "name or encoding; several may follow", nargs="+"),
+    Opt("--at", "address", "physical address of the VMCS page (default: every one that a scan finds)"),
+    TEXT,
+    INDEX,
+)
 def get(session: Session, field: List[str], at: Optional[int], text: Optional[str], index: Optional[int]) -> Report:
     """Any source's name is understood (GUEST_RIP, VMCS_GUEST_RIP, "Guest RIP"), or the encoding (0x681e)."""
     wanted = [vmcs_fields.find(name) for name in field]
@@ -85,26 +117,39 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
         table = Table("fields", (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from")), wrap="meaning", headings=False)
         for value in values:
             shown = _shown(item.vmcs, value)
-            table.add(shown.name, hexa(shown.value, shown.digits), Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
-                      Value(shown.source, short_source(shown.source), "dim"))
+            table.add(
+                shown.name,
+                hexa(shown.value, shown.digits),
+                Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
+                Value(shown.source, short_source(shown.source), "dim"),
+            )
         report.add(Group("vmcs", item.title, [table], {"address": _hex(item.address)}))
     return report
 
 
-@verb("vmcs layouts", "the page layouts that are known, or one of them field by field",
-      Arg("name", "text", "a layout's name, or a layout file", nargs="?"))
+@verb(
+    "vmcs layouts",
+    "the page layouts that are known, or one of them field by field",
+    Arg("name", "text", "a layout's name, or a layout file", nargs="?"),
+)
 def layouts(session: Session, name: Optional[str]) -> Report:
     """No manual gives the layout of a VMCS page.  These are published or measured ones; --layout takes a file of the same form."""
     from vtdbg.vmx import layouts as known
 
-    report = Report("vmcs layouts", python=["from vtdbg.vmx.layouts import layouts", "for name, layout in layouts().items():",
-                                            "    print(name, layout.revision_ids, len(layout.fields))"])
+    report = Report(
+        "vmcs layouts",
+        python=[
+            "from vtdbg.vmx.layouts import layouts",
+            "for name, layout in layouts().items():",
+            "    print(name, layout.revision_ids, len(layout.fields))",
+        ],
+    )
     if name is None:
-        table = Table("layouts", (("id", "layout"), ("revisions", "revision"), ("fields", "fields"), ("access_rights", "rights"), ("title", "of")),
-                      wrap="title")
+        table = Table(
+            "layouts", (("id", "layout"), ("revisions", "revision"), ("fields", "fields"), ("access_rights", "rights"), ("title", "of")), wrap="title"
+        )
         for layout in known.layouts().values():
-            table.add(layout.id, _revisions(layout.revision_ids), str(len(layout.fields)),
-                      layout.access_rights, layout.title)
+            table.add(layout.id, _revisions(layout.revision_ids), str(len(layout.fields)), layout.access_rights, layout.title)
         report.add(table)
         report.add(Lines("hint", [Value(None, "A revision id does not identify a layout: pages are recognised by content.", "dim")]))
         return report
@@ -157,7 +202,11 @@ def _head(item: VmcsAt) -> Pairs:
     if vmcs.layout is not None:
         facts.add("layout", "layout", vmcs.layout.id)
     if vmcs.revision_id is not None:
-        facts.add("revision_id", "revision id", Value(f"{vmcs.revision_id:#x}", f"{vmcs.revision_id:#x}" + (" with bit 31: a shadow VMCS" if vmcs.shadow else "")))
+        facts.add(
+            "revision_id",
+            "revision id",
+            Value(f"{vmcs.revision_id:#x}", f"{vmcs.revision_id:#x}" + (" with bit 31: a shadow VMCS" if vmcs.shadow else "")),
+        )
     if vmcs.abort_indicator is not None:
         facts.add("abort_indicator", "abort indicator", hexa(vmcs.abort_indicator, style="bad" if vmcs.abort_indicator else ""))
     if vmcs.launch_state is not None and vmcs.layout is not None:
@@ -177,8 +226,17 @@ def shown_values(vmcs: Vmcs) -> Iterator[Shown]:
 def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
     field, gate = value.field, gate_of(vmcs, value.field)
     unused = gate.used is False or (gate.used is None and value.value == 0)
-    return Shown(field.name, field.title, field.group, value.value, field.digits, value_in_words(field, value.value), value.source,
-                 why=gate.why if unused else "", note="" if unused else gate.why)
+    return Shown(
+        field.name,
+        field.title,
+        field.group,
+        value.value,
+        field.digits,
+        value_in_words(field, value.value),
+        value.source,
+        why=gate.why if unused else "",
+        note="" if unused else gate.why,
+    )
 
 
 def require_one(chosen: List[VmcsAt], what: str) -> VmcsAt:

@@ -8,7 +8,15 @@ from vtdbg.numbers import size_text
 from vtdbg.report import Block, Group, Lines, Pairs, Table, Value, hexa, text
 from vtdbg.walk import Step, Walk
 
-COLUMNS = (("level", "level"), ("address", "entry at"), ("entry", "entry"), ("permissions", "so far"), ("flags", "flags"), ("dimension", ""), ("place", ""))
+COLUMNS = (
+    ("level", "level"),
+    ("address", "entry at"),
+    ("entry", "entry"),
+    ("permissions", "so far"),
+    ("flags", "flags"),
+    ("dimension", ""),
+    ("place", ""),
+)
 MARK = {"mapped": "good", "violation": "bad", "misconfiguration": "bad", "unreadable": "warn"}
 
 
@@ -27,8 +35,15 @@ def steps_table(steps: Sequence[Step]) -> Table:
     for step in steps:
         style = "bad" if step.broken else "" if step.present else "dim"
         place = hexa(step.address, 9) if step.address is not None else text(step.place)
-        table.add(f"{step.level} {step.name}", place, hexa(step.entry, 16, style), text(str(step.permissions)), Value(step.describe(), step.describe(), style),
-                  step.dimension, step.place)
+        table.add(
+            f"{step.level} {step.name}",
+            place,
+            hexa(step.entry, 16, style),
+            text(str(step.permissions)),
+            Value(step.describe(), step.describe(), style),
+            step.dimension,
+            step.place,
+        )
     return table
 
 
@@ -38,7 +53,9 @@ def result(walk: Walk, linked: str = "") -> Pairs:
     facts.add("outcome", "result", Value(walk.outcome, walk.outcome if walk.mapped else f"{walk.outcome}: {walk.reason}", MARK[walk.outcome]))
     if walk.maps_to is not None:
         what = "address" if walk.mapped else "would be"
-        facts.add("hpa", what, hexa(walk.maps_to, 9, "strong" if walk.mapped else "dim", f"{linked} {walk.maps_to:#x}" if linked and walk.mapped else ""))
+        facts.add(
+            "hpa", what, hexa(walk.maps_to, 9, "strong" if walk.mapped else "dim", f"{linked} {walk.maps_to:#x}" if linked and walk.mapped else "")
+        )
     if walk.page_size is not None:
         facts.add("page_size", "page size", Value(walk.page_size, size_text(walk.page_size)))
         facts.add("permissions", "permissions", str(walk.permissions))
