@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Dict
 
 import pytest
@@ -71,6 +72,7 @@ def test_presets_agree_with_the_manuals_rules(name: str) -> None:
     assert bits.table("vmx_basic").reserved_violations(caps.basic) == []
     assert caps.physical_address_width in (36, 38, 39, 40, 46)
     assert preset_title(name).split(":")[0] in caps.origin
+    assert caps.problems() == []
 
 
 def test_presets_know_what_their_processors_lack() -> None:
@@ -228,6 +230,70 @@ def test_text_in_the_forms_that_people_paste() -> None:
     assert len(caps.warnings) == 1 and "line 19" in caps.warnings[0] and "somewhere else" in caps.warnings[0]
 
 
+VMXCAP_NAMES = {
+    "pin": "External interrupt exiting=0 NMI exiting=3 Virtual NMIs=5 Activate VMX-preemption timer=6 Process posted interrupts=7",
+    "proc": "Interrupt window exiting=2 Use TSC offsetting=3 HLT exiting=7 INVLPG exiting=9 MWAIT exiting=10 RDPMC exiting=11 RDTSC exiting=12 "
+            "CR3-load exiting=15 CR3-store exiting=16 Activate tertiary controls=17 CR8-load exiting=19 CR8-store exiting=20 Use TPR shadow=21 "
+            "NMI-window exiting=22 MOV-DR exiting=23 Unconditional I/O exiting=24 Use I/O bitmaps=25 Monitor trap flag=27 Use MSR bitmaps=28 "
+            "MONITOR exiting=29 PAUSE exiting=30 Activate secondary control=31",
+    "sec": "Virtualize APIC accesses=0 Enable EPT=1 Descriptor-table exiting=2 Enable RDTSCP=3 Virtualize x2APIC mode=4 Enable VPID=5 "
+           "WBINVD exiting=6 Unrestricted guest=7 APIC register emulation=8 Virtual interrupt delivery=9 PAUSE-loop exiting=10 RDRAND exiting=11 "
+           "Enable INVPCID=12 Enable VM functions=13 VMCS shadowing=14 Enable ENCLS exiting=15 RDSEED exiting=16 Enable PML=17 "
+           "EPT-violation #VE=18 Conceal non-root operation from PT=19 Enable XSAVES/XRSTORS=20 Mode-based execute control (XS/XU)=22 "
+           "Sub-page write permissions=23 GPA translation for PT=24 TSC scaling=25 User wait and pause=26 ENCLV exiting=28",
+    "tert": "Enable IPI virtualization=4",
+    "exit": "Save debug controls=2 Host address-space size=9 Load IA32_PERF_GLOBAL_CTRL=12 Acknowledge interrupt on exit=15 Save IA32_PAT=18 "
+            "Load IA32_PAT=19 Save IA32_EFER=20 Load IA32_EFER=21 Save VMX-preemption timer value=22 Clear IA32_BNDCFGS=23 "
+            "Conceal VM exits from PT=24 Clear IA32_RTIT_CTL=25",
+    "entry": "Load debug controls=2 IA-32e mode guest=9 Entry to SMM=10 Deactivate dual-monitor treatment=11 Load IA32_PERF_GLOBAL_CTRL=13 "
+             "Load IA32_PAT=14 Load IA32_EFER=15 Load IA32_BNDCFGS=16 Conceal VM entries from PT=17 Load IA32_RTIT_CTL=18",
+}
+"""Names and bits that QEMU's scripts/kvm/vmxcap prints."""
+VMXCAP_HEADINGS = {"pin": "pin-based controls", "proc": "primary processor-based controls", "sec": "secondary processor-based controls",
+                   "tert": "tertiary processor-based controls", "exit": "VM-Exit controls", "entry": "VM-Entry controls"}
+
+
+def vmxcap_output(caps: VmxCapabilities) -> str:
+    """What vmxcap prints on this processor, by the rules of its Control.show and Misc.show; an MSR that cannot be read counts as 0 there."""
+    lines = ["Basic VMX Information", f"  Hex: {caps.basic:#x}", "  Revision                                 4"]
+    for word, names in VMXCAP_NAMES.items():
+        source = WORD_SOURCES[word]
+        lines.append(VMXCAP_HEADINGS[word])
+        plain, true = caps.msr(source.msr) or 0, (caps.msr(source.true_msr) or 0) if source.true_msr else 0
+        for name, bit in re.findall(r"(\S.*?)=(\d+)(?:\s|$)", names):
+            at = 1 << int(bit)
+            must, may = (plain & at, plain >> 32 & at) if source.halves else (0, plain & at)
+            if source.true_msr and not true & at and true >> 32 & at and may and must:
+                says = "default"
+            else:
+                says = "yes" if may and not must else "forced" if may else "no"
+            lines.append(f"  {name:40} {says}")
+    return "\n".join([*lines, "Miscellaneous data", f"  Hex: {caps.misc:#x}", "  HLT activity state                       yes",
+                      "VPID and EPT capabilities", f"  Hex: {caps.ept_vpid_cap or 0:#x}", "VM Functions", f"  Hex: {caps.msr(0x491) or 0:#x}"])
+
+
+@pytest.mark.parametrize("name", ["i7-6700k", "xeon-x5482", "pentium-n3530", "bochscpu-sapphire-rapids"])
+def test_vmxcap_output_answers_like_the_msrs(name: str) -> None:
+    """Every control that vmxcap lists: may it be 1, must it be 1, as from the MSRs themselves; what it does not list stays unknown, and so
+    does the value to write."""
+    caps = VmxCapabilities.preset(name)
+    read = parse(vmxcap_output(caps))
+    assert read.warnings == () and (read.basic, read.misc) == (caps.basic, caps.misc)
+    for word, names in VMXCAP_NAMES.items():
+        table = bits.table(word)
+        by_bit = {row.low: row.ident for row in table.fields if row.ident}
+        for bit in re.findall(r"=(\d+)(?:\s|$)", names):
+            ident = by_bit[int(bit)]
+            if word == "tert" and caps.msr(0x492) is None:
+                continue        # vmxcap prints "no" where it could not read the MSR
+            assert read.supports(word, ident) == caps.supports(word, ident), (word, ident)
+            if caps.supports(word, ident):
+                assert read.forced(word, ident) == caps.forced(word, ident), (word, ident)
+    assert read.allowed("pin") is None and read.adjust("pin", 0).value is None
+    if caps.supports("proc", "SEC_CONTROLS"):
+        assert read.supports("sec", "NOTIFY_VM_EXITING") is None
+
+
 def test_processors_that_disagree_are_named() -> None:
     caps = parse("# rdmsr -a 0x480\nda040000000012\nda040000000013\n")
     assert caps.basic == 0xDA040000000012
@@ -256,6 +322,19 @@ def test_bad_input_names_the_place(text: str, named: str) -> None:
     with pytest.raises(FormatError) as caught:
         parse(text)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_that_no_processor_has_are_named() -> None:
+    """What happens when a VMM prints MSRs with a 32-bit format, or mixes two columns up."""
+    cut = VmxCapabilities.from_msrs({0x481: 0x16, 0x480: 0x12})
+    assert "cut to 32 bits" in cut.problems()[0] and "0 bytes" in cut.problems()[1]
+    mixed = VmxCapabilities.from_msrs({0x482: 0xFFF9FFFE0401E172, 0x48E: 0xF7F9FFFE04006172, 0x486: 0x80000021, 0x487: 0x21})
+    assert len(mixed.problems()) == 2 and "differ" in mixed.problems()[0]
+
+
+def test_replaced_keeps_what_it_does_not_change() -> None:
+    caps = VmxCapabilities.preset("i7-6700k").replaced({"IA32_VMX_MISC": 0})
+    assert (caps.misc, caps.physical_address_width, caps.revision) == (0, 39, 4)
 
 
 def test_unknown_names_suggest() -> None:

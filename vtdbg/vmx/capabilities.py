@@ -86,14 +86,18 @@ class VmxCapabilities:
     """Capability MSRs by index, and what CPUID adds (address widths, features).  Immutable.
 
     `origin` says where the values are from; `warnings` what a reader must know of them (processors disagree, a line was not understood).
+    `partial` is what is known of MSRs by single bits, {index: (value, mask of the bits that are known)}: enough for `supports` and `forced`,
+    not for a value.
     """
 
     def __init__(self, values: Mapping[int, int], *, physical_address_width: Optional[int] = None, linear_address_width: Optional[int] = None,
-                 cpuid: Optional[Cpuid] = None, origin: str = "given values", warnings: Sequence[str] = ()) -> None:
+                 cpuid: Optional[Cpuid] = None, origin: str = "given values", warnings: Sequence[str] = (),
+                 partial: Optional[Mapping[int, Tuple[int, int]]] = None) -> None:
         for index, value in values.items():
             if value < 0 or value >> 64:
                 raise FormatError(msr_name(index), f"value {value:#x} does not fit in 64 bits")
         self._msrs: Dict[int, int] = dict(sorted(values.items()))
+        self._partial: Dict[int, Tuple[int, int]] = dict(partial or {})
         self._cpuid: Dict[Tuple[int, int], Tuple[int, int, int, int]] = dict(cpuid or {})
         self._physical, self._linear = physical_address_width, linear_address_width
         self.origin = origin
@@ -142,6 +146,12 @@ class VmxCapabilities:
         from vtdbg.vmx import capability_text
 
         return capability_text.preset(name)
+
+    def replaced(self, values: Mapping[MsrKey, int]) -> "VmxCapabilities":
+        """A copy with some MSRs changed or added; address widths, CPUID and warnings stay."""
+        merged = {**self._msrs, **{msr_index(key): value for key, value in values.items()}}
+        return VmxCapabilities(merged, physical_address_width=self._physical, linear_address_width=self._linear, cpuid=self._cpuid,
+                               origin=self.origin, warnings=self.warnings, partial=self._partial)
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, (int, str)) and msr_index(key) in self._msrs
@@ -291,16 +301,57 @@ class VmxCapabilities:
         gate = ACTIVATED_BY.get(word)
         if gate is not None and self.supports(*gate) is False:
             return False
+        shift = 32 if source.halves else 0
         for index in (source.true_msr, source.msr):
-            value = None if index is None else self.msr(index)
-            if value is not None:
-                return bool((value >> 32 if source.halves else value) & mask)
+            found = None if index is None else self._bits(index, mask << shift)
+            if found is not None:
+                return bool(found)
         return None
 
     def forced(self, word: str, ident: str) -> Optional[bool]:
         """Must the control be 1?  None: unknown."""
+        mask = bits.table(word)[ident].mask
         allowed = self.allowed(word)
-        return None if allowed is None else bool(allowed.must_be_one & bits.table(word)[ident].mask)
+        if allowed is not None:
+            return bool(allowed.must_be_one & mask)
+        source = _source(word)
+        if not source.halves:
+            return None if self._bits(source.msr, mask) is None else False
+        index: Optional[int] = source.msr
+        if source.true_msr is not None:
+            index = None if self.true_controls is None else source.true_msr if self.true_controls else source.msr
+        found = None if index is None else self._bits(index, mask)
+        return None if found is None else bool(found)
+
+    def problems(self) -> List[str]:
+        """What no processor would report: the values may be cut to 32 bits, mixed up or of two processors.  [] where nothing is strange."""
+        found: List[str] = []
+        for source in WORD_SOURCES.values():
+            plain, true = self.msr(source.msr), self._msrs.get(source.true_msr or -1)
+            for index, value in ((source.msr, plain), (source.true_msr, true)):
+                if index is None or value is None or not source.halves or not value & ~(value >> 32) & 0xFFFFFFFF:
+                    continue
+                cut = ": the upper half is 0, was the value cut to 32 bits?" if not value >> 32 else ""
+                found.append(f"{msr_name(index)}: bits {value & ~(value >> 32) & 0xFFFFFFFF:#x} must be 1 and must be 0{cut}")
+            if plain is not None and true is not None and plain >> 32 != true >> 32:
+                found.append(f"{msr_name(source.msr)} and {msr_name(source.true_msr or 0)} differ in bits 63:32: they have to be equal")
+        for fixed0, fixed1 in ((CR0_FIXED0, CR0_FIXED1), (CR4_FIXED0, CR4_FIXED1)):
+            low, high = self.msr(fixed0), self.msr(fixed1)
+            if low is not None and high is not None and low & ~high:
+                found.append(f"{msr_name(fixed0)} and {msr_name(fixed1)}: bits {low & ~high:#x} must be 1 and must be 0")
+        if self.basic is not None:
+            found.extend(f"IA32_VMX_BASIC: reserved bits {wrong.field.bits} are {wrong.number:#x}"
+                         for wrong in bits.table("vmx_basic").reserved_violations(self.basic))
+            if not 0 < (self.region_size or 0) <= 4096:
+                found.append(f"IA32_VMX_BASIC: a VMCS of {self.region_size} bytes; it has 1 to 4096")
+        return found
+
+    def _bits(self, index: int, mask: int) -> Optional[int]:
+        """The bits of `mask` of an MSR; None where one of them is unknown."""
+        value, known = self._msrs.get(index), -1
+        if value is None:
+            value, known = self._partial.get(index, (0, 0))
+        return value & mask if known & mask == mask else None
 
     def adjust(self, word: str, wanted: Union[int, Iterable[str]]) -> "Adjustment":
         """The value that a VMM must write for the `wanted` controls (a number, or identifiers): see vtdbg.vmx.adjust."""

@@ -13,10 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
+from vtdbg import bits
+from vtdbg.bits import BitField
 from vtdbg.errors import FormatError, UnknownName, VtdbgError
 from vtdbg.names import near_names
 from vtdbg.numbers import parse_number
-from vtdbg.vmx.capabilities import MsrKey, VmxCapabilities, msr_index, msr_name
+from vtdbg.record import name_key
+from vtdbg.vmx.capabilities import WORD_SOURCES, MsrKey, VmxCapabilities, msr_index, msr_name
 from vtdbg.x86 import msrs
 
 MAX_TEXT = 64 << 20
@@ -38,9 +41,30 @@ _VMXCAP_HEX = re.compile(r"^Hex:\s*(0[xX][0-9a-fA-F]+)$")
 _VMXCAP_HEADINGS = {
     "basic vmx information": 0x480,
     "miscellaneous data": 0x485,
+    "vpid and ept capabilities": 0x48C,
     "ept and vpid capabilities": 0x48C,
     "vm functions": 0x491,
 }
+_VMXCAP_WORDS = {
+    "pin-based controls": "pin",
+    "primary processor-based controls": "proc",
+    "secondary processor-based controls": "sec",
+    "tertiary processor-based controls": "tert",
+    "vm-exit controls": "exit",
+    "vm-entry controls": "entry",
+}
+_VMXCAP_CONTROL = re.compile(r"^(\S.*?)\s+(yes|no|forced|default)$")
+_VMXCAP_NAMES: Mapping[str, Mapping[str, str]] = {
+    "proc": {"Activate secondary control": "SEC_CONTROLS"},
+    "sec": {"APIC register emulation": "APIC_REGISTER_VIRT", "Conceal non-root operation from PT": "PT_CONCEAL_VMX",
+            "Mode-based execute control (XS/XU)": "MODE_BASED_EPT_EXEC", "Sub-page write permissions": "SUB_PAGE_WRITE",
+            "GPA translation for PT": "PT_USE_GPA", "TSC scaling": "TSC_SCALING", "User wait and pause": "USR_WAIT_PAUSE",
+            "ENCLV exiting": "ENCLV_EXITING"},
+    "tert": {"Enable IPI virtualization": "IPI_VIRT"},
+    "exit": {"Conceal VM exits from PT": "PT_CONCEAL_PIP"},
+    "entry": {"Conceal VM entries from PT": "PT_CONCEAL_PIP"},
+}
+"""vmxcap's names (QEMU 0c49c91, scripts/kvm/vmxcap) where they are not the manual's."""
 
 
 class _Reader:
@@ -56,6 +80,8 @@ class _Reader:
         self.strange: List[Tuple[int, str]] = []
         self._pending: Optional[Tuple[int, int]] = None
         self._heading: Optional[int] = None
+        self._word: Optional[str] = None
+        self.partial: Dict[int, Tuple[int, int]] = {}
 
     def put(self, index: int, value: int, line: int) -> None:
         if value >> 64:
@@ -86,16 +112,37 @@ class _Reader:
         return sizes is not None
 
     def _vmxcap(self, number: int, text: str) -> bool:
-        heading = _VMXCAP_HEADINGS.get(text.lower())
-        if heading is not None:
-            self._heading = heading
+        lower = text.lower()
+        if lower in _VMXCAP_HEADINGS or lower in _VMXCAP_WORDS:
+            self._heading, self._word = _VMXCAP_HEADINGS.get(lower), _VMXCAP_WORDS.get(lower)
             return True
         found = _VMXCAP_HEX.match(text)
         if found and self._heading is not None:
             self.put(self._heading, int(found.group(1), 16), number)
-            self._heading = None
             return True
-        return False
+        if self._heading is not None:
+            # The lines under a Hex line say its bits again.
+            return bool(re.match(r"^\S.*\s(yes|no|\d+)$", text))
+        control = _VMXCAP_CONTROL.match(text)
+        row = _vmxcap_control(self._word, control.group(1)) if self._word and control else None
+        if row is None or self._word is None or control is None:
+            return False
+        self._put_control(self._word, row, control.group(2))
+        return True
+
+    def _put_control(self, word: str, row: BitField, says: str) -> None:
+        """yes: may be 0 or 1.  no: must be 0.  forced: must be 1.  default: must be 1 by the plain MSR, may be 0 by the TRUE one."""
+        source = WORD_SOURCES[word]
+        for index in (source.msr, source.true_msr):
+            if index is None:
+                continue
+            must = row.mask if says == "forced" or (says == "default" and index == source.msr) else 0
+            may = 0 if says == "no" else row.mask
+            value, known = self.partial.get(index, (0, 0))
+            if source.halves:
+                self.partial[index] = value | must | may << 32, known | row.mask | row.mask << 32
+            else:
+                self.partial[index] = value | may, known | row.mask
 
     def _command(self, text: str) -> bool:
         """`rdmsr -a 0x480`: the values follow on lines of their own.  msr-tools reads a bare index as decimal, WinDbg as hexadecimal."""
@@ -139,17 +186,29 @@ class _Reader:
         return False
 
     def capabilities(self) -> VmxCapabilities:
-        if not self.values and not self.cpuid and self.widths == (None, None):
+        if not self.values and not self.partial and not self.cpuid and self.widths == (None, None):
             first = f"; line {self.strange[0][0]} is {self.strange[0][1][:60]!r}" if self.strange else ""
             raise FormatError(self.source, "no MSR value in it: expected lines like 'IA32_VMX_BASIC = 0x...', '0x480 0x...' or rdmsr output, "
                               f"or JSON{first}")
         return VmxCapabilities(self.values, physical_address_width=self.widths[0], linear_address_width=self.widths[1], cpuid=self.cpuid,
-                               origin=self.source, warnings=(*self.warnings, *self._not_understood()))
+                               origin=self.source, warnings=(*self.warnings, *self._not_understood()), partial=self.partial)
 
     def _not_understood(self) -> List[str]:
         shown = [f"line {number} was not understood: {text[:80]!r}" for number, text in self.strange[:SHOWN_LINES]]
         more = len(self.strange) - len(shown)
         return [*shown, f"{more} more lines were not understood"] if more else shown
+
+
+@cache
+def _vmxcap_names(word: str) -> Dict[str, BitField]:
+    table = bits.table(word)
+    names = {name_key(row.name): row for row in table.fields if row.ident}
+    names.update((name_key(name), table[ident]) for name, ident in _VMXCAP_NAMES.get(word, {}).items())
+    return names
+
+
+def _vmxcap_control(word: str, name: str) -> Optional[BitField]:
+    return _vmxcap_names(word).get(name_key(name))
 
 
 def _hexadecimal(text: str) -> int:
@@ -160,7 +219,8 @@ def parse(text: str, source: str = "text") -> VmxCapabilities:
     """Capability MSRs (and CPUID leaves, address widths) out of a text.
 
     JSON: {"0x480": "0x...", "IA32_VMX_MISC": 123, "physical_address_width": 46}, the MSRs at the top or under "msrs".  Lines: a name or an index
-    and a hexadecimal value; `rdmsr` commands followed by their output; vmxcap's Hex lines; `cpuid -r`; /proc/cpuinfo's address sizes.
+    and a hexadecimal value; `rdmsr` commands followed by their output; vmxcap (its Hex lines are whole MSRs, its controls single bits);
+    `cpuid -r`; /proc/cpuinfo's address sizes.
     Raises FormatError naming the line or key for an impossible value, or where nothing at all was found.
     """
     if text.lstrip()[:1] == "{":
@@ -250,8 +310,8 @@ def parse_file(path: Union[str, Path]) -> VmxCapabilities:
 @cache
 def _preset_texts() -> Dict[str, str]:
     folder = resources.files("vtdbg").joinpath("data").joinpath("presets")
-    return {entry.name[:-5]: entry.read_text("utf-8") for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-            if entry.name.endswith(".json")}
+    texts = {entry.name[:-5]: entry.read_text("utf-8") for entry in folder.iterdir() if entry.name.endswith(".json")}
+    return dict(sorted(texts.items()))
 
 
 def preset_names() -> List[str]:
