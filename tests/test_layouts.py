@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -87,6 +88,17 @@ def test_access_rights_are_stored_plain_rotated_or_packed(name: str, form: int, 
     place = layout.fields[0x4816]
     assert int.from_bytes(page[place.offset:place.offset + place.size], "little") == stored
     assert Vmcs.from_page(page, layout)["GUEST_CS_AR_BYTES"] == form
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_access_rights_in_another_form_than_the_layouts_are_noticed(form: str, page_a: bytes) -> None:
+    """Bochs' CPU models may select the packed form: rotated, every one of them would have reserved bits."""
+    layout = L.layout("bochs_2.7")
+    values = {**layout.raw_values(page_a), 0x4820: 0x10000}
+    page = replace(layout, access_rights=form).write_page(values)
+    vmcs = Vmcs.from_page(page)
+    assert {encoding: vmcs[encoding] for encoding in AR} == {encoding: values[encoding] for encoding in AR}
+    assert any(f"rotated in layout bochs_2.7: " in warning and f"would have reserved bits, decoded as {form}" in warning for warning in vmcs.warnings)
 
 
 def test_packed_access_rights_refuse_what_they_cannot_hold() -> None:

@@ -112,7 +112,7 @@ class Layout:
             if encoding in ACCESS_RIGHTS_FIELDS and form != "plain":
                 if form == "unknown":
                     continue
-                value = _unpacked(value) if form == "packed" else _rotated_right(value)
+                value = unpacked(value) if form == "packed" else rotated_right(value)
             values[encoding] = value
         return values
 
@@ -158,7 +158,8 @@ def _rotated_left(value: int) -> int:
     return ((value << 8) | (value >> 24)) & 0xFFFFFFFF
 
 
-def _rotated_right(value: int) -> int:
+def rotated_right(value: int) -> int:
+    """Rotated access rights as VMREAD gives them."""
     return ((value >> 8) | (value << 24)) & 0xFFFFFFFF
 
 
@@ -166,7 +167,8 @@ _PACKED_UNUSABLE = 1 << 11
 _UNUSABLE = 1 << 16
 
 
-def _unpacked(value: int) -> int:
+def unpacked(value: int) -> int:
+    """Packed access rights as VMREAD gives them."""
     return (value & ~_PACKED_UNUSABLE) | (_UNUSABLE if value & _PACKED_UNUSABLE else 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -20,7 +20,7 @@ from vtdbg.evidence import Evidence
 from vtdbg.names import near_names
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.layout_file import PathLike, load_layout, parse_layout, save_layout
-from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField
+from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField, rotated_right, unpacked
 from vtdbg.vmx.plausibility import judge_values
 from vtdbg.vmx.vmcs import FieldValue, Vmcs
 
@@ -315,6 +315,7 @@ def _same_values(page: bytes, one: Layout, other: Layout) -> bool:
 
 def _decoded(page: bytes, layout: Layout, source: str, found: Sequence[Candidate], warnings: Sequence[str]) -> Vmcs:
     known = vmcs_fields.fields()
+    layout, doubt = _with_actual_access_rights(page, layout)
     values: Dict[int, FieldValue] = {}
     wide: List[str] = []
     for encoding, value in layout.raw_values(page).items():
@@ -324,7 +325,7 @@ def _decoded(page: bytes, layout: Layout, source: str, found: Sequence[Candidate
             value &= (1 << field.size * 8) - 1
         inferred = f", {place.note}" if place.inferred else ""
         values[encoding] = FieldValue(field, value, f"{source} offset {place.offset:#x}, layout {layout.id}{inferred}")
-    told = [*warnings, *layout.caveats]
+    told = [*warnings, *doubt, *layout.caveats]
     if wide:
         told.append(f"the stored slot holds more bits than the field has (cut off): {', '.join(wide)}")
     absent = {encoding: f"how layout {layout.id} stores access rights is not known" for encoding in ACCESS_RIGHTS_FIELDS & set(layout.fields)
@@ -332,6 +333,32 @@ def _decoded(page: bytes, layout: Layout, source: str, found: Sequence[Candidate
     revision, shadow, _ = header_words(page)
     return Vmcs(values, source, layout=layout, candidates=found, revision_id=revision, shadow=shadow, abort_indicator=_abort(page, layout),
                 launch_state=_launch(page, layout), warnings=told, absent=absent)
+
+
+def _with_actual_access_rights(page: bytes, layout: Layout) -> Tuple[Layout, List[str]]:
+    """The layout with the form of access rights that the page has, and the warning where it is not the layout's own.
+
+    Bochs' CPU models select the form.  Another form is taken only where three fields or more have reserved bits in the layout's own form, and
+    none in the other.
+    """
+    places = [layout.fields[encoding] for encoding in sorted(ACCESS_RIGHTS_FIELDS & set(layout.fields))]
+    stored = [number for number in (_at(page, (place.offset, place.size)) for place in places) if number]
+    own = _UNPACK.get(layout.access_rights)
+    if own is None or any(place.size != 4 for place in places):
+        return layout, []
+    wrong = sum(1 for number in stored if own(number) & _AR_RESERVED)
+    if wrong < 3:
+        return layout, []
+    fitting = [form for form, unpack in _UNPACK.items() if not any(unpack(number) & _AR_RESERVED for number in stored)]
+    if not fitting:
+        return layout, []
+    warning = f"access rights are {layout.access_rights} in layout {layout.id}: {wrong} would have reserved bits, decoded as {fitting[0]}"
+    return replace(layout, access_rights=fitting[0]), [warning]
+
+
+_AR_RESERVED = 0xFFFE0F00
+_UNPACK = {"plain": lambda number: number, "packed": unpacked, "rotated": rotated_right}
+"""Where plain and packed fit both, no segment is unusable and both give the same values."""
 
 
 def _abort(page: bytes, layout: Layout) -> Optional[int]:
