@@ -312,6 +312,7 @@ def test_bytes_that_the_flattened_form_lacks_are_no_memory(tmp_path: Path) -> No
     path = tmp_path / "flat"
     path.write_bytes(flat)
     with open_machine(path).memory as memory:
+        assert memory.ranges() == [(0, PAGE), (2 * PAGE, 2 * PAGE)]
         assert memory.read(0, PAGE) == b"\x11" * PAGE
         assert memory.read(2 * PAGE, 2 * PAGE) == b"\x11" * 2 * PAGE
         with pytest.raises(MemoryUnavailable) as caught:

@@ -166,6 +166,17 @@ def test_a_damaged_page_is_unavailable_and_the_others_are_not(tmp_path: Path) ->
             assert b"".join(bytes(view) for _, view in memory.views()) == b"a" * PAGE + b"b" * PAGE
 
 
+def test_a_descriptor_that_points_before_the_pages_is_damaged(tmp_path: Path) -> None:
+    content = bytearray(dumps.kdump([(0, b"a" * PAGE)], "plain"))
+    table = len(content) - PAGE - 24
+    for offset, size in ((0, PAGE), (table, PAGE), (table + 24, 0), (table + 24, 0xFFFFFFFF)):
+        struct.pack_into("<QI", content, table, offset, size)
+        path = tmp_path / "kdump"
+        path.write_bytes(content)
+        with open_machine(path).memory as memory, pytest.raises(MemoryUnavailable, match="damaged page descriptor"):
+            memory.read(0, 1)
+
+
 DECOMPRESSORS: Dict[str, Tuple[Callable[[bytes, int], bytes], Callable[[bytes], bytes]]] = {
     "zlib": (compression.inflate, dumps.COMPRESSORS["zlib"][1]), "snappy": (compression.unsnappy, dumps.snappy_literals),
     "lzo": (compression.unlzo, dumps.lzo_literals)}

@@ -49,6 +49,8 @@ class ChunkMemory(PhysicalMemory):
             except MemoryUnavailable as error:
                 raise MemoryUnavailable(wanted, end - wanted, error.reason) from None
             piece = data[wanted - chunk.address:end - chunk.address]
+            if not piece:
+                raise MemoryUnavailable(wanted, end - wanted, "a chunk is shorter than its index says")
             pieces.append(piece)
             wanted += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -12,7 +12,7 @@ import struct
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 from vtdbg.machine import Machine
-from vtdbg.memory.notes import NoteFacts, facts_of_notes
+from vtdbg.memory.notes import MAX_NOTES, NoteFacts, facts_of_notes
 from vtdbg.memory.runs import Run, RunMemory, settle_runs
 from vtdbg.memory.source import ByteSource, count_text, size_text
 
@@ -22,7 +22,6 @@ TITLE = "ELF core (QEMU dump-guest-memory, virsh dump, /proc/vmcore, VirtualBox)
 MAGIC = b"\x7fELF"
 PN_XNUM = 0xFFFF
 MAX_HEADERS = 1 << 22
-MAX_NOTES = 64 << 20
 ADDRESS_LIMIT = 1 << 52
 """First address that no x86 processor can have (SDM vol. 3, "Paging: physical-address width": MAXPHYADDR is at most 52)."""
 
@@ -68,9 +67,8 @@ def read(source: ByteSource) -> Machine:
         raise source.error("an ELF core that stores no memory (no PT_LOAD with bytes in the file)", offset)
     if len(segments.loads) > 1 and not any(address for address, _, _ in segments.loads):
         raise source.error("the core of a process: its program headers have no physical addresses; give a dump of the machine's memory")
-    stored = [(address, min(length, source.size - at), at) for address, length, at in segments.loads if at < source.size]
-    runs, twice = settle_runs(stored)
-    named, _ = settle_runs(segments.loads)
+    named, twice = settle_runs(segments.loads)
+    runs = [(address + start - at, size, start) for address, length, at in named for start, size in source.extents(at, length)]
     total, lost = sum(run[1] for run in runs), sum(run[1] for run in named) - sum(run[1] for run in runs)
     if not runs:
         raise source.error(f"the file ends at {source.size:#x}, before any of the memory that its headers name; the copy is cut")
@@ -151,7 +149,9 @@ def _read_segments(source: ByteSource, kind: _Class, offset: int, count: int) ->
 
 def _read_notes(source: ByteSource, segments: _Segments, bits: int) -> NoteFacts:
     """All PT_NOTE segments as one: Linux makes one, others may make several."""
-    joined = b"".join(bytes(source.slice(offset, min(size, MAX_NOTES))) for offset, size in segments.notes[:64])
+    joined = bytearray()
+    for offset, size in segments.notes:
+        joined += source.slice(offset, min(size, MAX_NOTES - len(joined)))
     facts = facts_of_notes(memoryview(joined), bits)
     if any(offset + size > source.size for offset, size in segments.notes):
         facts.warnings.append("the notes lie beyond the end of the file: registers of some processors are missing")

@@ -10,7 +10,7 @@ import heapq
 import struct
 from array import array
 from bisect import bisect_right
-from typing import List, Tuple
+from typing import Iterator, List, Tuple
 
 from vtdbg.machine import Machine
 from vtdbg.memory import elf, kdump
@@ -64,6 +64,20 @@ class FlattenedFile(ByteSource):
             covered = max(covered, self._starts[index] + self._sizes[index])
             index += 1
         return self.slice(offset, min(size, covered - offset))
+
+    def extents(self, offset: int, size: int) -> Iterator[Tuple[int, int]]:
+        index = max(bisect_right(self._starts, offset) - 1, 0)
+        first = last = offset
+        while index < len(self._starts) and self._starts[index] < offset + size:
+            start, end = max(self._starts[index], offset), min(self._starts[index] + self._sizes[index], offset + size)
+            index += 1
+            if start > last:
+                if last > first:
+                    yield first, last - first
+                first = start
+            last = max(last, end) if end > start else last
+        if last > first:
+            yield first, last - first
 
     def close(self) -> None:
         self._container.close()

@@ -16,7 +16,7 @@ from vtdbg.memory.base import Range
 from vtdbg.memory.bitmap import PageBitmap
 from vtdbg.memory.chunks import Chunk, ChunkMemory
 from vtdbg.memory.compression import ZSTD_HELP, Decompress, best_lzo, best_snappy, inflate, unzstd_or_none
-from vtdbg.memory.notes import MAX_VMCOREINFO, facts_of_notes, vmcoreinfo_details
+from vtdbg.memory.notes import MAX_NOTES, MAX_VMCOREINFO, facts_of_notes, vmcoreinfo_details
 from vtdbg.memory.source import ByteSource, count_text, size_text
 
 FORMAT = "kdump"
@@ -25,7 +25,6 @@ TITLE = "kdump-compressed dump (makedumpfile, QEMU dump-guest-memory -z), diskdu
 SIGNATURES = (b"KDUMP   ", b"DISKDUMP")
 
 _DESCRIPTOR = struct.Struct("<QIIQ")        # offset in the file, stored size, flags, page flags
-MAX_NOTES = 64 << 20
 MAX_VERSION = 6
 
 # Bits of a descriptor's `flags` and of the header's `status` (makedumpfile.h, diskdump_mod.h).
@@ -86,7 +85,8 @@ class KdumpMemory(ChunkMemory):
         super().__init__(source, page_size)
         self._page_size, self._exists, self._stored, self._descriptors = page_size, exists, stored, descriptors
         self._decompress, self._dump_level = decompress, dump_level
-        self._last: Tuple[int, bytes] = (0, b"")
+        self._data = descriptors + stored.total * _DESCRIPTOR.size
+        self._last: Tuple[Tuple[int, int, int], bytes] = ((0, 0, 0), b"")
 
     def locate(self, address: int) -> Chunk:
         page = address // self._page_size
@@ -102,16 +102,17 @@ class KdumpMemory(ChunkMemory):
         if len(row) < _DESCRIPTOR.size:
             raise MemoryUnavailable(chunk.address, chunk.size, "its descriptor is beyond the end of the file")
         offset, size, flags, _ = _DESCRIPTOR.unpack(row)
-        if offset == self._last[0] and size:
+        if size == 0 or size > self._page_size * 2 or offset < self._data:
+            raise MemoryUnavailable(chunk.address, chunk.size,
+                                    f"damaged page descriptor at file offset {where:#x} (offset {offset:#x}, size {size:#x})")
+        if (offset, size, flags) == self._last[0]:
             # makedumpfile and QEMU store one page of zeros for all.
             return self._last[1]
-        if size == 0 or size > self._page_size * 2:
-            raise MemoryUnavailable(chunk.address, chunk.size, f"damaged page descriptor at file offset {where:#x} (stored size {size:#x})")
         stored = bytes(self._source.data(offset, size))
         if len(stored) < size:
             raise MemoryUnavailable(chunk.address, chunk.size, "beyond the end of the file")
         data = self._expand(chunk, offset, stored, flags)
-        self._last = offset, data
+        self._last = (offset, size, flags), data
         return data
 
     def _expand(self, chunk: Chunk, offset: int, stored: bytes, flags: int) -> bytes:
@@ -216,7 +217,7 @@ def _read_bitmaps(source: ByteSource, header: _Header, sub: Optional[_SubHeader]
     """(pages that exist, pages that are stored, offset of the descriptors)"""
     first = (1 + header.sub_blocks) * header.block_size
     size = header.bitmap_blocks * header.block_size
-    if first + size > source.size:
+    if sum(there for _, there in source.extents(first, size)) < size:
         raise source.error(f"the bitmaps ({header.bitmap_blocks} blocks) end at {first + size:#x}, the file at {source.size:#x}; "
                            "the copy is cut or the header lies", first)
     pages = sub.max_mapnr_64 if sub is not None and sub.max_mapnr_64 else header.max_mapnr

@@ -7,12 +7,14 @@ arch/x86/include/asm/user_64.h and user_32.h (`user_regs_struct`); read November
 from __future__ import annotations
 
 import struct
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 from vtdbg.machine import Cpu
 from vtdbg.memory.source import count_text
 
 MAX_CPUS = 8192
+MAX_NOTES = 16 << 20
+"""Bytes of notes that are looked at: twice what 8,192 processors need."""
 MAX_VMCOREINFO = 1 << 16
 
 NT_PRSTATUS = 1
@@ -50,32 +52,24 @@ class NoteFacts(NamedTuple):
     warnings: List[str]
 
 
-def split_notes(data: memoryview) -> Iterator[Note]:
-    """The notes of a PT_NOTE segment (name and descriptor padded to 4 bytes); stops at the first one that is cut."""
+def split_notes(data: memoryview) -> Tuple[List[Note], bool]:
+    """The notes of a PT_NOTE segment (name and descriptor padded to 4 bytes) up to the end or a header of zeros, and whether the last
+    one is cut."""
+    notes: List[Note] = []
     at, head = 0, struct.Struct("<III")
     while at + head.size <= len(data):
         name_size, data_size, kind = head.unpack_from(data, at)
+        if not (name_size or data_size or kind):
+            break
         name_at = at + head.size
         data_at = name_at + (name_size + 3 & ~3)
         end = data_at + data_size
         if end > len(data):
-            return
+            return notes, True
         name = bytes(data[name_at:name_at + min(name_size, 64)]).split(b"\0")[0]
-        if name or kind or data_size:
-            yield Note(name.decode("ascii", "backslashreplace"), kind, data[data_at:end])
+        notes.append(Note(name.decode("ascii", "backslashreplace"), kind, data[data_at:end]))
         at = data_at + (data_size + 3 & ~3)
-
-
-def notes_end(data: memoryview) -> int:
-    """Offset of the first byte that no whole note covers; len(data) (or a remainder below 12 bytes) if the notes are all there."""
-    at = 0
-    while at + 12 <= len(data):
-        name_size, data_size, _ = struct.unpack_from("<III", data, at)
-        end = at + 12 + (name_size + 3 & ~3) + data_size
-        if end > len(data):
-            return at
-        at = min(end + 3 & ~3, len(data))
-    return at
+    return notes, False
 
 
 def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
@@ -88,7 +82,8 @@ def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
     details: Dict[str, str] = {}
     warnings: List[str] = []
     too_many = False
-    for note in split_notes(data):
+    notes, cut = split_notes(data)
+    for note in notes:
         if note.name == "QEMU" and note.kind == 0:
             if len(note.data) < QEMU_STATE_SIZE:
                 warnings.append(f"QEMU's note for processor {len(qemu)} has only {len(note.data):#x} bytes: left out")
@@ -108,7 +103,7 @@ def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
             details.update(vmcoreinfo_details(note.data))
     if too_many:
         warnings.append(f"the notes name more than {MAX_CPUS} processors: the rest is left out")
-    if notes_end(data) + 12 <= len(data):
+    if cut:
         warnings.append("the notes are cut: registers of some processors are missing")
     if len(warnings) > 8:
         warnings[8:] = [f"and {count_text(len(warnings) - 8, 'more warning')} about the notes"]

@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 from abc import ABC, abstractmethod
-from typing import Any, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 from vtdbg.errors import FormatError, UsageError
 
@@ -30,6 +30,11 @@ class ByteSource(ABC):
     def data(self, offset: int, size: int) -> memoryview:
         """`slice` for what becomes memory: ends before the first byte that the container does not hold, instead of taking it as zero."""
         return self.slice(offset, size)
+
+    def extents(self, offset: int, size: int) -> Iterator[Tuple[int, int]]:
+        """(offset, size) of the parts of [offset, offset + size) that are there, in order."""
+        if offset < self.size and size > 0:
+            yield offset, min(size, self.size - offset)
 
     @abstractmethod
     def close(self) -> None:
