@@ -98,7 +98,7 @@ def test_access_rights_in_another_form_than_the_layouts_are_noticed(form: str, p
     page = replace(layout, access_rights=form).write_page(values)
     vmcs = Vmcs.from_page(page)
     assert {encoding: vmcs[encoding] for encoding in AR} == {encoding: values[encoding] for encoding in AR}
-    assert any(f"rotated in layout bochs_2.7: " in warning and f"would have reserved bits, decoded as {form}" in warning for warning in vmcs.warnings)
+    assert any("rotated in layout bochs_2.7: " in warning and f"would have reserved bits, decoded as {form}" in warning for warning in vmcs.warnings)
 
 
 def test_packed_access_rights_refuse_what_they_cannot_hold() -> None:

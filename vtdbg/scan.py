@@ -89,6 +89,9 @@ def scan(machine: "Machine | PhysicalMemory", kinds: Sequence[str] = KINDS, *, l
     small revision identifier come last: they count only where a VMCS with the same identifier was found.
     `relate` adds what the pages found say about one another.
 
+    What a scan does not find: a VMCS whose layout nobody published, one that a processor keeps on chip and has not written back, and a VMCB
+    whose EFER.SVME is 0 (VMRUN refuses it).  Decode those by address.
+
     Raises UsageError for an unknown kind, and where nobody knows which memory exists.
     """
     wrong = [kind for kind in kinds if kind not in KINDS]
