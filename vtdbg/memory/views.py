@@ -17,17 +17,17 @@ from vtdbg.x86.paging import Paging
 
 _LARGE = 16 * PAGE_SIZE
 _PIECE = 1 << 20
-_WORK_LIMIT = 1 << 20
+_WORK_LIMIT = 1 << 22
 
 
 class TranslatedMemory(PhysicalMemory):
     """The PhysicalMemory protocol for the addresses that `structure` translates into addresses of `memory`.
 
-    Nothing is kept between reads: on a live target a view is as fresh as its memory.
+    Nothing is kept between reads: on a live target a view is as fresh as its memory.  `limit` bounds the work of `ranges` and `views`.
     """
 
-    def __init__(self, memory: PhysicalMemory, structure: Structure) -> None:
-        self._memory, self._structure = memory, structure
+    def __init__(self, memory: PhysicalMemory, structure: Structure, limit: int = _WORK_LIMIT) -> None:
+        self._memory, self._structure, self._limit = memory, structure, limit
 
     @property
     def memory(self) -> PhysicalMemory:
@@ -96,7 +96,7 @@ class TranslatedMemory(PhysicalMemory):
 
     def _mapped(self, below: List[Range]) -> Iterator[Tuple[int, int, int]]:
         starts = [start for start, _ in below]
-        rows = Enumeration(self._memory, self._structure, ignore_page_size=True, limit=_WORK_LIMIT)
+        rows = Enumeration(self._memory, self._structure, ignore_page_size=True, limit=self._limit)
         for row in rows:
             if not self._structure.reaches(row.rights):
                 continue
@@ -108,7 +108,7 @@ class TranslatedMemory(PhysicalMemory):
                     yield row.start + first - row.target, first, last - first
         if not rows.complete:
             raise UsageError(f"the {self._structure.tables.title} tables at {self._structure.root:#x} map too much to list "
-                             f"(more than {_WORK_LIMIT} runs); they may contain themselves")
+                             f"(more than {self._limit} runs); they may contain themselves")
 
     def ranges(self) -> Optional[List[Range]]:
         """What is mapped and exists below; None where the memory below does not know what it has.
@@ -132,8 +132,8 @@ class GuestPhysicalMemory(TranslatedMemory):
 
     space = "guest-physical"
 
-    def __init__(self, memory: PhysicalMemory, nested_tables: Structure) -> None:
-        super().__init__(memory, nested_tables)
+    def __init__(self, memory: PhysicalMemory, nested_tables: Structure, limit: int = _WORK_LIMIT) -> None:
+        super().__init__(memory, nested_tables, limit)
 
 
 class LinearMemory(TranslatedMemory):
@@ -141,5 +141,5 @@ class LinearMemory(TranslatedMemory):
 
     space = "linear"
 
-    def __init__(self, memory: PhysicalMemory, paging: Paging) -> None:
-        super().__init__(memory, paging)
+    def __init__(self, memory: PhysicalMemory, paging: Paging, limit: int = _WORK_LIMIT) -> None:
+        super().__init__(memory, paging, limit)
