@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -502,3 +503,48 @@ def test_no_memory_breaks_it(intel_plain: Path, changes: Dict[str, int], reason:
     explanation = explain_vm_exit(reason, vmcs=vmcs.replaced(dict(changes)), memory=memory, instruction_info=info,
                                   registers=dict.fromkeys(["rax", "rbx", "rcx", "rdx", "rbp", "rsi", "rdi", "r8", "r9"], 0x10000))
     assert all(text.isascii() for text in everything(explanation))
+
+
+# -- registers that an instruction reads, and entries that failed --------------------------------------------------------------------
+
+
+def test_inputs_by_name() -> None:
+    """WRMSR and RDMSR name the MSR and decode its value; CPUID its leaf; without the registers nothing is claimed."""
+    registers = {"rcx": 0xC0000080, "rax": 0xFFFFFFFF00000D01, "rdx": 0}
+    assert explain_vm_exit(32, 0, registers=registers).summary == "WRMSR MSR 0xc0000080 (IA32_EFER) value 0xd01 (NXE LMA LME SCE)"
+    assert explain_vm_exit(31, 0, registers=registers).summary == "RDMSR MSR 0xc0000080 (IA32_EFER)"
+    assert explain_vm_exit(10, 0, registers={"rax": 0x1_00000007, "rcx": 1}).summary == "CPUID leaf 0x7 subleaf 0x1"
+    assert explain_vm_exit(32, 0, registers={"rcx": 0x10}).summary == ""
+    assert "MSR 0xc0000082 (IA32_LSTAR)" in explain_vm_exit(78, 0xC0000082).summary
+
+
+def test_failed_msr_load_reads_the_entry() -> None:
+    """Reason 34 with memory: which MSR the entry names, and what in the entry is illegal (FS base cannot be loaded)."""
+    entries = struct.pack("<IIQ", 0x277, 0, 0) + struct.pack("<IIQ", 0xC0000100, 0, 0x1000)
+    memory = vtdbg.memory_from_segments([(0x5000, entries)])
+    vmcs = Vmcs.from_values({"VM_ENTRY_MSR_LOAD_ADDR": 0x5000, "VM_ENTRY_MSR_LOAD_COUNT": 2})
+    fact = explain_vm_exit(0x80000022, 2, vmcs=vmcs, memory=memory).fact("MSR of the entry")
+    assert fact is not None and fact.value == 0xC0000100 and "FS" in fact.meaning
+    valid = explain_vm_exit(0x80000022, 1, vmcs=vmcs, memory=memory).fact("MSR of the entry")
+    assert valid is not None and "IA32_PAT" in valid.meaning and "nothing in the entry itself" in valid.meaning
+    beyond = explain_vm_exit(0x80000022, 2, vmcs=vmcs.replaced({"VM_ENTRY_MSR_LOAD_ADDR": 0x9000}), memory=memory).fact("MSR of the entry")
+    assert beyond is not None and beyond.value is None and beyond.meaning.startswith("not read")
+
+
+def test_task_gate_delivers_the_event_itself() -> None:
+    """Reason 9 by a task gate: the emulated switch is the delivery; an error code goes onto the new stack; by JMP nothing was delivered."""
+    gate = explain_vm_exit(9, 0xC0000028, idt_vectoring_info=0x80000B0D, idt_vectoring_error_code=0x10)
+    advised = texts(gate, "event")
+    assert len(advised) == 1 and "do not inject it again" in advised[0] and "push IDT_VECTORING_ERROR_CODE" in advised[0]
+    assert texts(gate, "rip")[0].startswith("after the emulated task switch")
+
+
+def test_a_vmcs_without_an_exit() -> None:
+    """All zeros: reason 0 without a valid event is no exception exit, it is no exit at all yet."""
+    zeros = {"VM_EXIT_REASON": 0, "VM_EXIT_INTR_INFO": 0, "EXIT_QUALIFICATION": 0, "IDT_VECTORING_INFO_FIELD": 0}
+    assert any("has not had a VM exit yet" in text for text in explain_vmcs(Vmcs.from_values(dict(zeros))).warnings())
+
+
+def test_enclave_exit() -> None:
+    """Bit 27: registers and RIP are not the enclave's."""
+    assert any("asynchronous exit pointer" in note for note in explain_vm_exit(1 << 27 | 10, 0).notes)

@@ -14,7 +14,7 @@ import capstone
 import pytest
 from support.encode import NAMES, Memory, instruction
 from support.vmxcpu import Case, Outcome, Worker
-from support.vmxcpu.places import EPT_PML4, FREE, GUEST_CODE, MSR_BITMAP, STACK
+from support.vmxcpu.places import EPT_PML4, FREE, GUEST_CODE, MSR_BITMAP, STACK, TSS, VIRTUAL_APIC
 
 from vtdbg import bits
 from vtdbg.explain import Explanation
@@ -570,3 +570,94 @@ def test_instruction_and_operand_from_memory(vmx_worker: Worker) -> None:
         poorer = explained(outcome, {address: data[:FREE] if address == 0 else data for address, data in memory.items()})
         unread = poorer.fact("operand in memory")
         assert unread is not None and unread.value is None and f"{FREE + 0x10:#x}" in unread.meaning
+
+
+def test_trap_like_and_access_exits(vmx_worker: Worker) -> None:
+    """TPR below threshold: GUEST_RIP is behind the MOV to CR8; an APIC access: at the instruction, with access type and register."""
+    base = vmx_worker.baseline()
+    tpr = {PROC: base[PROC] | 1 << 21, 0x2012: VIRTUAL_APIC, 0x401C: 5}
+    apic = {PROC: base[PROC] | SEC_ACTIVE | 1 << 21, SEC: 1, 0x2014: FREE + 0x3000, 0x2012: VIRTUAL_APIC}
+    moved, read, written = vmx_worker.launch_many([
+        vmx_worker.guest_case(bytes.fromhex("440f22c0f4"), tpr, registers={"rax": 0}, memory={VIRTUAL_APIC + 0x80: b"\x60"}),
+        vmx_worker.guest_case(bytes.fromhex("8b07f4"), apic, registers={"rdi": FREE + 0x3030}),
+        vmx_worker.guest_case(bytes.fromhex("8907f4"), apic, registers={"rdi": FREE + 0x3300})])
+    start = moved.fields[0x681E]
+    assert moved.number == 43 and start is not None and start % 64 == 4      # sequences begin at multiples of 64
+    assert explained(moved).advised("rip")[0].text.startswith("do not advance RIP: trap-like")
+    for outcome, words in ((read, "data read of APIC register 0x30 APIC_LVR"), (written, "data write of APIC register 0x300 APIC_ICR")):
+        explanation = explained(outcome)
+        assert explanation.code == 44 and explanation.summary.startswith(words)
+        assert (outcome.fields[0x681E] or 0) % 64 == 0 and explanation.advised("rip")[0].text.startswith("do not advance RIP when")
+        assert '"Virtualize APIC accesses" (bit 0) is 1' in explanation.advised("cause")[0].text
+
+
+def test_page_modification_log_full(vmx_worker_new: Worker) -> None:
+    """With the index past the end the write exits before it is made: RIP stays, the write runs again after the log is emptied."""
+    base = vmx_worker_new.baseline()
+    values = {PROC: base[PROC] | SEC_ACTIVE, SEC: 2 | 1 << 17, 0x201A: EPT_PML4 | 6 | 3 << 3 | 1 << 6, 0x200E: FREE, 0x0812: 0xFFFF}
+    outcome = vmx_worker_new.run_guest(bytes.fromhex("8907f4"), values, registers={"rdi": 0x600000})
+    explanation = explained(outcome)
+    assert explanation.name == "PML_FULL" and (outcome.fields[0x681E] or 0) % 64 == 0
+    assert explanation.advised("rip")[0].text.startswith("do not advance RIP when the cause is removed")
+    assert not explanation.advised("shadow") and not explanation.warnings()
+
+
+NEWER: List[Tuple[int, str, Dict[int, int]]] = [
+    (67, "f20faef3", {SEC: 1 << 26, PROC: 1 << 12}), (68, "66410faef1", {SEC: 1 << 26, PROC: 1 << 12}),
+    (59, "0f01d4", {SEC: 1 << 13 | 2, 0x201A: EPT_PML4 | 6 | 3 << 3, 0x2018: 0}), (51, "0f01f9", {SEC: 1 << 3, PROC: 1 << 12}),
+    (36, "0f01c9", {PROC: 1 << 10}), (54, "f30f09", {SEC: 1 << 6})]
+
+
+@pytest.mark.parametrize(("reason", "code", "values"), NEWER, ids=[str(item[0]) for item in NEWER])
+def test_newer_instructions(vmx_worker_new: Worker, reason: int, code: str, values: Dict[int, int]) -> None:
+    """UMWAIT, TPAUSE, VMFUNC, RDTSCP, MWAIT, WBNOINVD: two controls at once where the manual asks for two.  (The model leaves the
+    instruction information of UMWAIT and TPAUSE 0: their operand is not compared.)"""
+    given = {**values, PROC: vmx_worker_new.baseline()[PROC] | SEC_ACTIVE | values.get(PROC, 0)}
+    outcome = vmx_worker_new.run_guest(bytes.fromhex(code), given)
+    explanation = explained(outcome)
+    assert explanation.code == reason and not explanation.warnings()
+    assert outcome.fields[0x440C] == len(code) // 2
+    cause = explanation.advised("cause")[0].text
+    assert cause.count(" is 1") == exits.reasons()[reason].cause.count(".") and "do not give" not in cause
+
+
+TASK_GDT = struct.pack("<6Q", 0, 0, 0x00CF9B000000FFFF, 0x00CF93000000FFFF, 0x67 | (FREE + 0x2000) << 16 | 0x89 << 40, 0)
+TASK_GATE = struct.pack("<Q", 0x20 << 16 | 0xE5 << 40)
+
+
+@pytest.mark.parametrize(("code", "source", "length", "vector"), [("ea000000002000", "JMP", 7, None), ("9a000000002000", "CALL", 7, None),
+                                                                  ("cf", "IRET", 1, None), ("cd30", "a task gate in the IDT", 2, 0x30),
+                                                                  ("0f0b", "a task gate in the IDT", None, 6)])
+def test_task_switches(vmx_worker: Worker, code: str, source: str, length: Optional[int], vector: Optional[int]) -> None:
+    """JMP, CALL and IRET to a task, and an event through a task gate: source, selector, and whether the event has to be injected again
+    (the emulated task switch is its delivery)."""
+    table = bytearray(TASK_GDT)
+    table[4 * 8 + 5] |= 2 if source == "IRET" else 0     # IRET returns to a busy task
+    memory = {GDT: bytes(table), IDT + 8 * (vector or 0): TASK_GATE, FREE + 0x2000: bytes(0x68), TSS: struct.pack("<H", 0x20)}
+    state = {0x6816: GDT, 0x4810: 0x3F, 0x6818: IDT, 0x4812: 0x7FF, XBITMAP: 0xFFFFFFFF & ~(1 << 6), 0x6820: 0x4002 if source == "IRET" else 2}
+    outcome = vmx_worker.run_guest(bytes.fromhex(code), state, "32-bit", memory=memory)
+    explanation = explained(outcome)
+    assert explanation.code == 9 and explanation.summary == f"task switch to TSS selector 0x20 by {source}"
+    assert not explanation.warnings()
+    shown = explanation.fact("instruction length")
+    assert (shown.value if shown is not None else None) == length
+    advised = [item.text for item in explanation.advised("event")]
+    if vector is None:
+        assert not advised and "add VM_EXIT_INSTRUCTION_LEN" in explanation.advised("rip")[0].text
+    else:
+        assert len(advised) == 1 and "do not inject it again" in advised[0] and vectors.name(vector) in advised[0]
+
+
+def test_ept_violation_walk_agrees(vmx_worker: Worker) -> None:
+    """With memory the EPT walk gives the same qualification as the processor did; after the entry is repaired it says that it changed."""
+    gpa = 0x400000
+    entries = {0x17000 + 8 * 2: FREE | 7, FREE: 0x19000 | 6 << 3 | 1}
+    case = vmx_worker.ept_case("write", gpa, entries, EPT_PML4 | 3 << 3 | 6, dump=[(0, 0x20000)], fields="all", want_registers=True)
+    outcome = vmx_worker.launch_many([case])[0]
+    memory = {address: data for (address, _), data in outcome.memory.items()}
+    walk = explained(outcome, memory).fact("EPT walk")
+    assert walk is not None and walk.meaning.startswith("violation: ") and "level 1" in walk.meaning and not walk.warning
+    repaired = bytearray(memory[0])
+    struct.pack_into("<Q", repaired, FREE, 0x19000 | 6 << 3 | 7)
+    changed = explained(outcome, {0: bytes(repaired)}).fact("EPT walk")
+    assert changed is not None and "changed since" in changed.warning and "0x19000" in changed.meaning

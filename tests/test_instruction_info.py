@@ -254,3 +254,12 @@ def test_any_word(reason: int, info: int, long: bool) -> None:
         assert explanation.warnings()
     if isinstance(explanation.operand, MemoryOperand):
         assert explanation.operand.linear is not None or explanation.operand.missing
+
+
+def test_umwait_operand_is_32_bits() -> None:
+    """UMWAIT and TPAUSE have an r32 operand in every mode (SDM vol. 2); RDRAND has the size that the word says, and 3 is no size."""
+    info = word("ii_rdrand", OPERAND_REGISTER=9, OPERAND_SIZE=2)
+    for reason, name in ((67, "R9D"), (68, "R9D"), (57, "R9"), (61, "R9")):
+        shown = explain_vm_exit(reason, 0, info).operand
+        assert isinstance(shown, RegisterOperand) and shown.text == name
+    assert any("operand size 3" in text for text in explain_vm_exit(57, 0, word("ii_rdrand", OPERAND_SIZE=3)).warnings())

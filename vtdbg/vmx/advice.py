@@ -89,12 +89,26 @@ def event(number: int, guest: Guest, interruption: Optional[Event], error_code: 
     Events that cannot be (with `problems`) are not injected: the entry would fail.
     """
     again = during is not None and during.valid and not during.problems
-    found = list(_redeliver(during, guest, during_error, length)) if during is not None and again else []
+    found: List[Advice] = []
+    if during is not None and again:
+        through_gate = number == 9 and qualification is not None and qualification >> 30 & 3 == 3
+        found += _through_task_gate(during) if through_gate else _redeliver(during, guest, during_error, length)
     if number == 0 and interruption is not None and interruption.valid and not interruption.problems:
         found += _reflect(interruption, error_code, length, qualification)
         if during is not None and again:
             found += _both(during, interruption)
     return found
+
+
+def _through_task_gate(during: Event) -> Iterator[Advice]:
+    text = f"the emulated task switch is the delivery of {during.title}: do not inject it again"
+    if during.error_code_valid:
+        text += "; push IDT_VECTORING_ERROR_CODE onto the new task's stack"
+    if during.type in events.WITH_LENGTH:
+        text += "; the EIP that is saved in the old TSS is behind the instruction (GUEST_RIP + VM_EXIT_INSTRUCTION_LEN)"
+    if during.type == events.NMI:
+        text += "; NMIs are blocked in the new task: leave bit 3 of GUEST_INTERRUPTIBILITY_INFO set"
+    yield Advice("event", text, "SDM vol. 3, Treatment of Task Switches")
 
 
 def _redeliver(during: Event, guest: Guest, error_code: Optional[int], length: Optional[int]) -> Iterator[Advice]:

@@ -72,11 +72,10 @@ def decode(table: str, value: int, reason: int) -> InstructionInfo:
     if table in ("ii_rdrand", "ii_msr_imm"):
         operand = number("OPERAND_REGISTER" if table == "ii_rdrand" else "GPR_HOLDING_DATA") or 0
         size = 8 if table == "ii_msr_imm" else RDRAND_SIZES.get(number("OPERAND_SIZE") or 0)
-        if mnemonic in ("UMWAIT", "TPAUSE"):
-            # The operand is 32 bits wide outside 64-bit mode and in it without REX.W; only bit 0 of it matters.
-            size = size if size != 2 else None
         if size is None:
-            problems.append(f"operand size {number('OPERAND_SIZE')} cannot be for {mnemonic}")
+            problems.append(f"operand size {number('OPERAND_SIZE')} does not exist")
+        if mnemonic in ("UMWAIT", "TPAUSE"):
+            size = 4    # r32 in every mode (SDM vol. 2)
         return InstructionInfo(table, value, mnemonic, in_register=True, reg1=GPRS[operand], operand_size=size, problems=tuple(problems))
     if number("MEMORY_REGISTER"):
         return InstructionInfo(table, value, mnemonic, in_register=True, reg1=GPRS[reg1 or 0], reg2=_name(reg2), problems=tuple(problems))
