@@ -12,6 +12,7 @@ from vtdbg.memory.source import ByteSource
 
 CACHE_BYTES = 16 << 20
 _PIECE = 1 << 20
+_WHOLE = 1 << 16              # a chunk of this size is a view of its own
 
 
 class Chunk(NamedTuple):
@@ -77,6 +78,10 @@ class ChunkMemory(PhysicalMemory):
                     data = self.load(chunk)[at - chunk.address:end - chunk.address]
                 except MemoryUnavailable:
                     at = (at & -PAGE_SIZE) + PAGE_SIZE
+                    continue
+                if not piece and len(data) >= _WHOLE and not at % PAGE_SIZE and not len(data) % PAGE_SIZE:
+                    yield at, memoryview(data)
+                    at += len(data)
                     continue
                 if piece and (start + len(piece) != at or len(piece) >= _PIECE):
                     yield start, memoryview(piece)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.machine import Cpu, Machine
@@ -26,6 +26,7 @@ SIGNATURES = (b"KDUMP   ", b"DISKDUMP")
 
 _DESCRIPTOR = struct.Struct("<QIIQ")        # offset in the file, stored size, flags, page flags
 MAX_VERSION = 6
+_VIEW_PAGES = 256
 
 # Bits of a descriptor's `flags` and of the header's `status` (makedumpfile.h, diskdump_mod.h).
 ZLIB, LZO, SNAPPY, INCOMPLETE, ZSTD = 0x1, 0x2, 0x4, 0x8, 0x20
@@ -114,6 +115,23 @@ class KdumpMemory(ChunkMemory):
         data = self._expand(chunk, offset, stored, flags)
         self._last = (offset, size, flags), data
         return data
+
+    def views(self) -> Iterator[Tuple[int, memoryview]]:
+        """Up to 1 MiB of neighbouring pages at a time.  The rank runs along with the pages instead of being looked up for each."""
+        for first, count in self._stored.runs():
+            rank = self._stored.rank(first) or 0
+            pages: List[bytes] = []
+            for page in range(first, first + count):
+                try:
+                    pages.append(self.load(Chunk(rank + page - first, page * self._page_size, self._page_size)))
+                except MemoryUnavailable:
+                    if pages:
+                        yield (page - len(pages)) * self._page_size, memoryview(b"".join(pages))
+                    pages = []
+                    continue
+                if len(pages) == _VIEW_PAGES or page == first + count - 1:
+                    yield (page + 1 - len(pages)) * self._page_size, memoryview(b"".join(pages))
+                    pages = []
 
     def _expand(self, chunk: Chunk, offset: int, stored: bytes, flags: int) -> bytes:
         kind = flags & _COMPRESSED
