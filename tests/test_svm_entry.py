@@ -316,6 +316,9 @@ def test_a_leaf_above_the_highest_is_zero_and_not_unknown() -> None:
     """CPUID leaf 0x80000000 gives the highest extended leaf: the features of a leaf beyond it are absent (APM vol. 3, CPUID Fn8000_0000)."""
     old = SvmCapabilities.from_cpuid({0x80000000: (0x8000000A, 0, 0, 0)})
     assert old.encryption_bit == 0
+    # QEMU 7.2's EPYC ends at leaf 0x8000001e and answers for 0x8000001f with another leaf.
+    emulated = SvmCapabilities.from_cpuid({0x80000000: (0x8000001E, 0, 0, 0), 0x8000001F: (7, 0x240, 0x340, 0)})
+    assert emulated.encryption_bit == 0
     assert old.efer().may_be_one >> 20 & 3 == 0 and all(not mask >> 20 for mask in old.efer().unknown)
 
 

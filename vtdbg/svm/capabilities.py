@@ -88,18 +88,21 @@ class SvmCapabilities:
                    origin=values.origin)
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> Optional[Tuple[int, int, int, int]]:
-        """(EAX, EBX, ECX, EDX), None where it is unknown."""
+        """(EAX, EBX, ECX, EDX), None where it is unknown.  A leaf above the highest one of its range counts as 0 in every register.
+
+        Leaf 0 and leaf 0x80000000 give the highest; what a processor or an emulator answers above it means nothing (APM vol. 3, CPUID Fn0000_0000
+        and Fn8000_0000; QEMU answers with the highest basic leaf).
+        """
+        top = self._cpuid.get((leaf & 0x80000000, 0))
+        if top is not None and leaf > top[0]:
+            return 0, 0, 0, 0
         return self._cpuid.get((leaf, subleaf))
 
     def has(self, feature: Feature) -> Optional[bool]:
-        """Has the processor the feature?  None: the leaf is unknown.  A leaf above the highest one is 0 in every register."""
+        """Has the processor the feature?  None: the leaf is unknown."""
         registers = self.cpuid(feature.leaf, feature.subleaf)
         if registers is None:
-            # APM vol. 3, CPUID Fn0000_0000 and Fn8000_0000: EAX is the highest leaf of its range.
-            top = self.cpuid(feature.leaf & 0x80000000)
-            if top is None or feature.leaf <= top[0]:
-                return None
-            registers = (0, 0, 0, 0)
+            return None
         value = bool(registers[("eax", "ebx", "ecx", "edx").index(feature.register)] >> feature.bit & 1)
         return value != feature.inverted
 
@@ -133,7 +136,7 @@ class SvmCapabilities:
         """Mask of the C-bit of memory encryption, 0 where there is none; None: unknown (APM vol. 3, CPUID Fn8000_001F)."""
         leaf = self.cpuid(0x8000001F)
         if leaf is None:
-            return None if self.has(Feature(0x8000001F, "eax", 1, "SEV")) is None else 0
+            return None
         return 1 << (leaf[1] & 0x3F) if leaf[0] & 3 else 0
 
     def msr(self, index: int) -> Optional[int]:
