@@ -37,8 +37,8 @@ NEVER_LOADED: Mapping[int, str] = {
     SMM_MONITOR_CTL: "IA32_SMM_MONITOR_CTL can be written only in SMM",
 }
 MODEL_SPECIFIC: Mapping[int, str] = {
-    BIOS_UPDT_TRIG: "a microcode update cannot be loaded from an area (model-specific; Linux refuses it)",
-    BIOS_SIGN_ID: "the microcode revision cannot be loaded or stored (model-specific; Linux refuses it)",
+    BIOS_UPDT_TRIG: "model-specific: processors may refuse the microcode MSRs in an area, and KVM does",
+    BIOS_SIGN_ID: "model-specific: processors may refuse the microcode MSRs in an area, and KVM does",
 }
 NEVER_STORED: Mapping[int, str] = {SMBASE: "IA32_SMBASE can be read only in SMM"}
 
@@ -98,16 +98,16 @@ def entry_problems(kind: str, index: int, reserved: int) -> List[str]:
     rules = NEVER_STORED if kind == EXIT_STORE else NEVER_LOADED
     if index in rules:
         problems.append(rules[index])
-    if index in MODEL_SPECIFIC:
-        problems.append(MODEL_SPECIFIC[index])
     return problems
 
 
 def decode_entry(kind: str, number: int, address: int, data: bytes) -> MsrEntry:
     """One entry of 16 bytes: MSR index (bits 31:0), reserved (63:32), MSR data (127:64)."""
     index, reserved, value = struct.unpack("<IIQ", data)
-    notes = () if index in msrs.msrs() else ("no processor known here has this MSR",)
-    return MsrEntry(number, address, index, reserved, value, tuple(entry_problems(kind, index, reserved)), notes)
+    notes = [] if index in msrs.msrs() else ["no processor known here has this MSR: loading or storing it fails where it does not exist"]
+    if index in MODEL_SPECIFIC:
+        notes.append(MODEL_SPECIFIC[index])
+    return MsrEntry(number, address, index, reserved, value, tuple(entry_problems(kind, index, reserved)), tuple(notes))
 
 
 def read_area(memory: Readable, kind: str, address: int, count: int, caps: Optional[VmxCapabilities] = None) -> MsrArea:

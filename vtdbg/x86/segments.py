@@ -18,6 +18,8 @@ REGISTERS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
 DATA_REGISTERS = ("ES", "SS", "DS", "FS", "GS")
 TYPE_BIT_0 = 1
 TYPE_BUSY = 2
+LDTR_AFTER_RESET = (0, 0xFFFF, 0x82)
+"""Base, limit and access rights (SDM vol. 3, Processor State After Reset)."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def compare_null(state: SegmentState, mode: Mode) -> SegmentComparison:
         return SegmentComparison(state, None, (Difference("selector", state.selector or 0, 0, matters=True, why=why),), ())
     if state.unusable:
         return SegmentComparison(state, None, (), ("null selector, unusable",))
-    matters = not mode.code64 or state.name == "LDTR" and bool(state.limit)
-    if state.name == "LDTR":
+    matters = not mode.code64 or state.name == "LDTR"
+    if state.name == "LDTR" and (state.base, state.limit, state.access_rights) == LDTR_AFTER_RESET:
+        matters, why = False, "usable although the selector is null: the state of LDTR after a reset, which lasts until the first LLDT"
+    elif state.name == "LDTR":
         why = f"usable although the selector is null: {mode.subject} can use selectors of the LDT at {state.base or 0:#x} until it executes LLDT"
     else:
         why = f"usable although the selector is null: {mode.subject} can use {state.name} until it reloads the register"
