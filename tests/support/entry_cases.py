@@ -36,8 +36,12 @@ class ModelMemory(PhysicalMemory):
 
 
 def capabilities(worker: Worker) -> VmxCapabilities:
-    """What the model says of itself."""
-    return VmxCapabilities.from_msrs(worker.msrs, physical_address_width=worker.physical_address_width,
+    """What the model says of itself, but with 48-bit linear addresses.
+
+    Bochs takes the width of the current paging for every linear address, the manual the processor's width for bases and MSRs (SDM vol. 3,
+    Checks on Host Segment and Descriptor-Table Registers, footnote on linear-address width); its hosts here run with 4-level paging.
+    """
+    return VmxCapabilities.from_msrs(worker.msrs, physical_address_width=worker.physical_address_width, linear_address_width=48,
                                      cpuid={(leaf, 0): registers for leaf, registers in worker.cpuid.items()})
 
 
@@ -120,7 +124,8 @@ MESSAGES: Sequence[Tuple[str, str]] = (
     (r"RFLAGS\[1\] cleared", "guest.rflags.reserved"),
     (r"Enter to x86-64 guest with RFLAGS.VM", "guest.rflags.vm"),
     (r"guest invalid CR0", "guest.cr0"),
-    (r"unrestricted guest CR0.PG without CR0.PE", "guest.cr0.pg"),
+    # Bochs reads PG as bits 63:31 here; with a high bit it is the reserved bit that fails.
+    (r"unrestricted guest CR0.PG without CR0.PE", "guest.cr0.pg guest.cr0"),
     (r"guest invalid CR3", "guest.cr3"),
     (r"guest invalid CR4", "guest.cr4"),
     (r"guest CR4.PAE=0 in x86-64", "guest.long_mode.pae"),
@@ -317,6 +322,7 @@ def features(rng: random.Random, values: Values) -> None:
         values[0x2044] = rng.choice((0, 4))
     elif which == 7:
         values[0x4012] |= rng.choice((1 << 2, 1 << 14, 1 << 13, 1 << 16, 1 << 24))
+        values[0x2802] = rng.choice((0, 1, 2, 4, 8, 0x8000, 1 << 20))
     elif which == 8:
         values[0x4000] |= 1 << 7 | rng.choice((0, 1))
         values[0x4002] |= rng.choice((0, 1 << 21))
@@ -335,6 +341,32 @@ def features(rng: random.Random, values: Values) -> None:
         values[0x2026], values[0x2028] = FREE, FREE
     if extra:
         values[0x401E] |= extra
+
+
+def states(rng: random.Random, values: Values) -> None:
+    """Activity, interruptibility, pending debug exceptions, flags and an event, each on an edge of what the others allow."""
+    values[0x4826] = rng.choice((0, 0, 0, 1, 1, 2, 3))
+    values[0x4824] = rng.choice((0, 0, 1, 2, 3, 4, 8, 9))
+    values[0x6820] = (values[0x6820] & 0x20000) | 2 | rng.choice((0, 0x200, 0x300, 0x100))
+    values[0x6822] = rng.choice((0, 0, 0x4000, 0x1000, 0x5001, 0x11000))
+    values[0x2802] = rng.choice((0, 0, 2, 1))
+    values[0x4000] |= rng.choice((0, 1 << 3, 1 << 3 | 1 << 5))
+    if rng.random() < 0.6:
+        flags = values[0x6820]
+        inject(rng, values)
+        if rng.random() < 0.5:
+            values[0x6820] = flags
+
+
+def levels(rng: random.Random, values: Values) -> None:
+    """Selectors and DPLs of another ring, in most registers together."""
+    ring = rng.choice((0, 1, 3))
+    for index in range(6):
+        if rng.random() < 0.75 and not values[0x4814 + 2 * index] & 0x10000:
+            values[0x0800 + 2 * index] = values[0x0800 + 2 * index] & ~3 | ring
+            values[0x4814 + 2 * index] = values[0x4814 + 2 * index] & ~0x60 | ring << 5
+    if rng.random() < 0.3:
+        values[0x4816] = values[0x4816] & ~0xF | rng.choice((3, 9, 11, 13, 15))
 
 
 MSR_ENTRIES: Sequence[Tuple[int, int, int]] = (
@@ -358,8 +390,8 @@ def generate(rng: random.Random, worker: Worker) -> Tuple[str, Case]:
     executed = host if host == "64-bit" else "32-bit"
     if rng.random() < 0.02:
         executed = rng.choice(("64-bit", "32-bit"))
-    special: Sequence[Callable[[random.Random, Values], None]] = (inject, features)
-    if rng.random() < 0.35:
+    special: Sequence[Callable[[random.Random, Values], None]] = (inject, features, states, levels)
+    if rng.random() < 0.5:
         rng.choice(special)(rng, values)
     if rng.random() < 0.05:
         memory[LIST] = msr_load(rng, values)
