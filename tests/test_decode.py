@@ -64,6 +64,24 @@ def test_an_event_without_its_valid_bit_is_old() -> None:
     assert decode("entry_int_info", 0x80000306).notes == ()
 
 
+@pytest.mark.parametrize("name, leaf", [("ept_pde", "ept_pde_2m"), ("pde", "pde_2m"), ("npt_pdpte", "npt_pdpte_1g"), ("ept level2", "ept_pde_2m"),
+                                        ("pae_pde", "pae_pde_2m"), ("pde32", "pde32_4m")])
+def test_an_entry_with_bit_7_maps_a_page(name: str, leaf: str) -> None:
+    """Bits 20:12 of a 2-MByte EPT entry are reserved; of an entry that references a table they are address bits."""
+    found = decode(name, 0x40000000 | 0x80 | 7)
+    assert found.table.id == leaf and "maps a page" in found.notes[0] and found.problems == ()
+    assert decode(name, 0x40000000 | 7).table.id != leaf
+
+
+def test_an_entry_that_is_not_present_has_no_reserved_bits() -> None:
+    """A swapped-out page keeps a swap offset in its entry; EPT without R, W, X is not present either."""
+    for name in ("pte", "pde_2m", "ept_pte", "npt_pte", "pae_pdpte"):
+        table = bits.table(name)
+        assert decode(name, table.kind_mask("reserved0") & ~0x407).problems == ()
+        assert any("not present" in note for note in decode(name, 0).notes)
+    assert decode("ept_pte", 1 << 3 | 1).problems == () and decode("ept_pte", 2 << 3 | 1).problems
+
+
 def test_words_are_the_tables() -> None:
     found = decode("cr0", 0x80050033)
     assert found.words == "PG AM WP NE ET MP PE"

@@ -5,7 +5,8 @@ A name is looked for in this order: "msr NAME|INDEX"; a bit table or its alias; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Dict, List, Mapping, Optional, Tuple
 
@@ -54,9 +55,19 @@ ALIASES: Mapping[str, Tuple[str, ...]] = {
     "event_inj": ("eventinj",),
     "svm_exit_int_info": ("exitintinfo",),
     "npf_info1": ("npf",),
+    "ept_pml5e": ("ept_level5",), "ept_pml4e": ("ept_level4",), "ept_pdpte": ("ept_level3",), "ept_pde": ("ept_level2",), "ept_pte": ("ept_level1",),
+    "npt_pml5e": ("npt_level5",), "npt_pml4e": ("npt_level4",), "npt_pdpte": ("npt_level3",), "npt_pde": ("npt_level2",), "npt_pte": ("npt_level1",),
+    "pml5e": ("level5",), "pml4e": ("level4",), "pdpte": ("level3",), "pde": ("level2",), "pte": ("level1",),
 }
 """What people type for a table.  KVM prints "intr_info" for the exit-interruption information of a VM exit."""
 
+
+LEAVES: Mapping[str, str] = {"ept_pdpte": "ept_pdpte_1g", "ept_pde": "ept_pde_2m", "pdpte": "pdpte_1g", "pde": "pde_2m", "pae_pde": "pae_pde_2m",
+                             "pde32": "pde32_4m", "npt_pdpte": "npt_pdpte_1g", "npt_pde": "npt_pde_2m"}
+"""Entries that reference a table, and what they are when bit 7 (PS) is 1."""
+PS = 1 << 7
+EPT_RIGHTS = 0x407
+"""R, W, X and XU: an EPT entry without any of them is not present."""
 
 MASK_MSRS = frozenset({0x486, 0x487, 0x488, 0x489, 0x491, 0x492, 0x493})
 """Fixed bits of CR0 and CR4 and the allowed-1 settings of 64-bit words: 1 means "may be 1" (or "must be"), not that the bit is in force."""
@@ -140,6 +151,9 @@ def decode(name: str, value: int) -> Decoded:
     if value < 0 or value >> 64:
         raise UsageError(f"{value:#x} is not a value of 64 bits")
     target = _find(name)
+    leaf = LEAVES.get(target.table) if value & PS else None
+    if leaf is not None:
+        target = replace(target, name=leaf, what=bits.table(leaf).title, table=leaf)
     table = bits.table(target.table) if target.table else None
     problems = _problems(target, table, value)
     notes = _notes(target, table, value)
@@ -180,7 +194,7 @@ def _problems(target: _Target, table: Optional[BitTable], value: int) -> Tuple[s
     problems = []
     if value >> target.width:
         problems.append(f"bits above {target.width - 1} are set: {target.name} has {target.width} bits")
-    if table is not None and not target.mask and not _stale(table, value):
+    if table is not None and not (target.mask or _stale(table, value) or _absent(table, value)):
         for wrong in table.reserved_violations(value):
             should = "1" if wrong.field.kind == "reserved1" else "0"
             problems.append(f"reserved bits {wrong.field.bits} are {wrong.number:#x}: they have to be {should}" if wrong.field.high != wrong.field.low
@@ -195,7 +209,12 @@ def _notes(target: _Target, table: Optional[BitTable], value: int) -> Tuple[str,
     notes = []
     if table is None and not _word_of(target.msr):
         notes.append(f"nobody lays {target.name} out in bits: it is a number, an address or a list that has its own command")
-    if table is not None and _stale(table, value):
+    if target.table in LEAVES.values():
+        notes.append("bit 7 is 1: the entry maps a page" if value & PS
+                     else "bit 7 is 0: the entry references a table, it does not map a page of this size")
+    if table is not None and _absent(table, value):
+        notes.append("not present: the processor looks at nothing else in it")
+    elif table is not None and _stale(table, value):
         notes.append("the valid bit is 0: the rest is left over from an older event and says nothing")
     return tuple(notes)
 
@@ -203,6 +222,17 @@ def _notes(target: _Target, table: Optional[BitTable], value: int) -> Tuple[str,
 def _stale(table: BitTable, value: int) -> bool:
     """An event format whose valid bit is 0."""
     return "VALID" in table.idents() and not table.test(value, "VALID")
+
+
+def _absent(table: BitTable, value: int) -> bool:
+    """A paging-structure entry that is not present."""
+    if table.id.startswith("ept_p"):
+        return not value & EPT_RIGHTS
+    return _PAGING_ENTRY.match(table.id) is not None and not table.test(value, "P")
+
+
+_PAGING_ENTRY = re.compile(r"(npt_|pae_)?(pml5e|pml4e|pdpte|pde|pte)(_[12][gm])?$|p[dt]e32(_4m)?$")
+"""Ids of the tables of entries with a present bit."""
 
 
 def _word_of(index: Optional[int]) -> Optional[str]:
