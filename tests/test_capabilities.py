@@ -300,6 +300,13 @@ def test_processors_that_disagree_are_named() -> None:
     assert "line 2" in caps.warnings[0] and "line 3" in caps.warnings[0]
 
 
+@pytest.mark.parametrize("command", ["rdmsr 0x480", "$ rdmsr -p 0 0x480", "# rdmsr 0x480 -p 0", "rdmsr 1152", "rdmsr -x -0 0x480", "lkd> rdmsr 480",
+                                     "root@host:~# sudo rdmsr -a 0x480"])
+def test_rdmsr_commands(command: str) -> None:
+    """msr-tools reads a bare index as decimal, WinDbg as hexadecimal; -p takes a processor number."""
+    assert parse(f"{command}\nda040000000012\n").basic == 0xDA040000000012
+
+
 def test_json_at_the_top_or_under_msrs() -> None:
     values = {"0x480": "0xda040000000012", "IA32_VMX_MISC": 0x300481E5}
     for text in (json.dumps(values), json.dumps({"msrs": values, "physical_address_width": 39, "cpuid": {"1": [0, 0, 1 << 5, 0]}})):

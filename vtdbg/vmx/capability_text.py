@@ -151,8 +151,11 @@ class _Reader:
             return False
         base, index = 16, None
         windbg = text.startswith(("kd>", "lkd>", "0: kd>"))
-        for word in command.group(1).split():
-            if word.startswith("-"):
+        words = iter(command.group(1).split())
+        for word in words:
+            if word in ("-p", "--processor", "-f", "--bitfield"):
+                next(words, None)
+            elif word.startswith("-"):
                 base = {"d": 10, "u": 10, "o": 8}.get(word[-1:], 16)
             elif re.fullmatch(r"0[xX][0-9a-fA-F]{1,8}", word) or (windbg and re.fullmatch(r"[0-9a-fA-F]{1,8}", word)):
                 index = int(word, 16)
