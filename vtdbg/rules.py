@@ -112,11 +112,11 @@ class Rule(Generic[S]):
                 if not self.when(state):
                     return self.passed, None
             except Missing as problem:
-                missing = problem.names
+                missing = tuple(dict.fromkeys(problem.names))
         try:
             wrong = self.check(state)
         except Missing as problem:
-            missing += tuple(name for name in problem.names if name not in missing)
+            missing = tuple(dict.fromkeys(missing + problem.names))
         else:
             if wrong is None:
                 return self.passed, None

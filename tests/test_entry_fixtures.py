@@ -1,0 +1,93 @@
+"""The checks on VMCSs of a real hypervisor: KVM's VM A that runs, and its VM B whose entry fails (exit reason 0x80000021).
+
+The monitor of VM B set CS.type to 1 with KVM_SET_SREGS; the kernel's dump shows the result and not the cause.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from vtdbg.findings import Finding
+from vtdbg.memory.open import open_machine
+from vtdbg.vmx.capabilities import VmxCapabilities
+from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
+from vtdbg.vmx.vmcs import Vmcs
+
+VMCS_A, VMCS_B = 0x6826000, 0x6BD9000
+
+
+def capabilities(truth: Dict[str, Any]) -> VmxCapabilities:
+    """The MSRs that the guest kernel's own rdmsr read; Bochs has 40 physical-address bits."""
+    return VmxCapabilities.from_msrs({int(index, 16): int(value, 16) for index, value in truth["msrs"].items()}, physical_address_width=40)
+
+
+def rest(findings: List[Finding]) -> Dict[str, str]:
+    return {finding.id: finding.verdict for finding in findings if finding.verdict != "pass"}
+
+
+def test_failed_entry_is_explained_from_the_page(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:
+    caps = capabilities(intel_plain_truth)
+    with open_machine(intel_plain).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(VMCS_B))
+        findings = check_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_B)
+        assert rest(findings) == {"guest.cs.type": "fail"}
+        assert predict_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_B) == ("entry-failure", 33, 0)
+        # What the processor wrote.
+        assert (vmcs["VM_EXIT_REASON"], vmcs["EXIT_QUALIFICATION"]) == (0x80000021, 0)
+    failed = next(finding for finding in findings if finding.failed)
+    assert "type 1" in failed.message and "0xa091" in failed.message and failed.area == "guest"
+    assert intel_plain_truth["vms"]["B"]["kvm_segments"]["cs"]["type"] == "0x1"
+
+
+def test_running_guest_passes_every_check(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:
+    caps = capabilities(intel_plain_truth)
+    with open_machine(intel_plain).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(VMCS_A))
+        assert rest(check_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_A)) == {}
+        assert predict_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_A) == "enters"
+
+
+def test_launch_state_of_the_page(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:
+    """VM A has been launched: VMLAUNCH would fail with error 4, VMRESUME would not."""
+    caps = capabilities(intel_plain_truth)
+    with open_machine(intel_plain).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(VMCS_A))
+        assert predict_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_A, instruction="vmlaunch") == ("VMfailValid", 4)
+        assert predict_vm_entry(vmcs, caps, memory, vmcs_address=VMCS_A, instruction="vmresume") == "enters"
+
+
+@pytest.mark.parametrize("role", ["vmcs01", "vmcs02"])
+def test_nested_hypervisor_s_vmcss_pass(role: str, intel_nested: Path, intel_nested_truth: Dict[str, Any]) -> None:
+    """KVM entered with both; vmcs01 links a shadow VMCS, whose revision and shadow bit are read from memory."""
+    caps = capabilities(intel_nested_truth)
+    address = int(intel_nested_truth["nested"]["found"][role].split()[0], 16)
+    with open_machine(intel_nested).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(address))
+        assert (vmcs["VMCS_LINK_POINTER"] == (1 << 64) - 1) == (role == "vmcs02")
+        assert rest(check_vm_entry(vmcs, caps, memory, vmcs_address=address)) == {}
+        assert predict_vm_entry(vmcs, caps, memory, vmcs_address=address) == "enters"
+
+
+def test_linked_vmcs_that_memory_lacks_is_undecided(intel_nested: Path, intel_nested_truth: Dict[str, Any]) -> None:
+    caps = capabilities(intel_nested_truth)
+    address = int(intel_nested_truth["nested"]["found"]["vmcs01"].split()[0], 16)
+    with open_machine(intel_nested).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(address))
+    outcome = predict_vm_entry(vmcs, caps, None, vmcs_address=address)
+    assert outcome[:2] == ("undecided", "enters")
+    assert outcome[2] == (f"memory at {vmcs['VMCS_LINK_POINTER']:#x}",)
+
+
+def test_failed_entry_is_explained_from_the_kernel_s_dump(intel_plain_truth: Dict[str, Any]) -> None:
+    """The values that dump_vmcs printed, without the page: the same check fails, and what the dump does not print is undecided, not passed."""
+    caps = capabilities(intel_plain_truth)
+    printed = {int(encoding, 16): int(value, 16) for encoding, value in intel_plain_truth["vms"]["B"]["dump_vmcs_by_encoding"].items()}
+    vmcs = Vmcs.from_values(printed, "kernel log")
+    findings = check_vm_entry(vmcs, caps)
+    assert [finding.id for finding in findings if finding.failed] == ["guest.cs.type"]
+    for finding in findings:
+        if finding.undecided:
+            assert not any(name in vmcs for name in finding.missing if name.isupper()), finding
