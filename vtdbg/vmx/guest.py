@@ -9,7 +9,6 @@ from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.x86.disasm import code_mode
-from vtdbg.x86.paging import Paging
 
 IN_VMCS: Mapping[str, str] = {
     "rsp": "GUEST_RSP", "rip": "GUEST_RIP", "rflags": "GUEST_RFLAGS", "cr0": "GUEST_CR0", "cr3": "GUEST_CR3", "cr4": "GUEST_CR4",
@@ -99,6 +98,7 @@ class Guest:
         Raises MemoryUnavailable with the dimension and level that stopped, UsageError where what a walk begins with is not known.
         """
         from vtdbg.gva import translate
+        from vtdbg.x86.paging import Paging
 
         if self.memory is None:
             raise UsageError("no memory was given")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Iterator, Optional
+from typing import TYPE_CHECKING, Iterator, Optional
 
 from vtdbg import bits
 from vtdbg.errors import VtdbgError
 from vtdbg.explain import Fact
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.guest import Guest
-from vtdbg.walk import Access
+
+if TYPE_CHECKING:
+    from vtdbg.walk import Access
 
 GROUP = "ept walk"
 COMPARED = 0x1FF & ~0x40
 """Bits of the qualification that a walk gives whatever the processor's capabilities: access, permissions, bits 7 and 8."""
 
 
-def access_of(qualification: int) -> Access:
+def access_of(qualification: int) -> "Access":
     """The access that bits 2:0 and 8:7 of an EPT violation's qualification describe."""
+    from vtdbg.walk import Access
+
     how = None if not qualification >> 7 & 1 else "translation" if qualification >> 8 & 1 else "page-walk"
     user = bool(qualification >> 9 & 1) if qualification & 0x180 == 0x180 else None
     return Access(bool(qualification & 1), bool(qualification & 2), bool(qualification & 4), user=user, linear=how)

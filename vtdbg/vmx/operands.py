@@ -10,8 +10,7 @@ from vtdbg.explain import Fact
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.guest import Guest
 from vtdbg.vmx.instruction_info import InstructionInfo
-from vtdbg.x86.operand import Operand, RegisterOperand
-from vtdbg.x86.paging import canonical
+from vtdbg.x86.operand import Operand, RegisterOperand, signed
 
 GROUP = "operand"
 
@@ -112,7 +111,8 @@ def _descriptor(name: str, first: int, width: int, address: int, uses_address: b
         facts.append(Fact(f"descriptor bits 63:{width}", reserved, warning=f"reserved, must be 0: {failure}", group=GROUP))
     if name == "VPID" and identifier == 0 and uses_address:
         facts.append(Fact(name, 0, warning=f"VPID 0 is the host's: {failure}", group=GROUP))
-    wrong = f"not canonical: {failure}" if uses_address and not (canonical(address, 48) or canonical(address, 57)) else ""
+    # Canonical for 57 bits: a processor with 48 refuses more, but which it is is not known here.
+    wrong = f"not canonical: {failure}" if uses_address and not -(1 << 56) <= signed(address, 64) < 1 << 56 else ""
     facts.append(Fact("address to invalidate", address, "" if uses_address else "this type does not use it",
                       warning=wrong, group=GROUP))
     return facts

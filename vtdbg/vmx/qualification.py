@@ -12,7 +12,6 @@ from typing import Callable, Dict, Iterator, Mapping, Optional, Tuple
 from vtdbg import bits
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.explain import Fact, bit_facts
-from vtdbg.vmx import msr_areas
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.guest import Guest
 from vtdbg.x86 import msrs
@@ -281,6 +280,8 @@ def _msr_load(value: int, context: Context) -> Qualification:
 
 def _msr_entry(address: int, number: int, context: Context) -> Iterator[Fact]:
     """The entry itself, where memory is at hand."""
+    from vtdbg.vmx import msr_areas
+
     memory = context.guest.memory
     if memory is None:
         return
