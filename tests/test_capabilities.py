@@ -72,7 +72,7 @@ def test_presets_agree_with_the_manuals_rules(name: str) -> None:
     assert bits.table("vmx_basic").reserved_violations(caps.basic) == []
     assert caps.physical_address_width in (36, 38, 39, 40, 46)
     assert preset_title(name).split(":")[0] in caps.origin
-    assert caps.problems() == []
+    assert caps.problems() == [] and len(caps.warnings) == (1 if name == "bochscpu-sapphire-rapids" else 0)
 
 
 def test_presets_know_what_their_processors_lack() -> None:

@@ -339,6 +339,7 @@ def preset(name: str) -> VmxCapabilities:
     """A processor that ships with vtdbg; its origin says whose values they are."""
     capabilities = _from_json(_preset_text(name), f"preset {name.lower()}")
     capabilities.origin = f"preset {name.lower()} ({preset_title(name)})"
+    capabilities.warnings = tuple(json.loads(_preset_text(name))["notes"])
     return capabilities
 
 
