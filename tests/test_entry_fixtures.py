@@ -91,3 +91,11 @@ def test_failed_entry_is_explained_from_the_kernel_s_dump(intel_plain_truth: Dic
     for finding in findings:
         if finding.undecided:
             assert not any(name in vmcs for name in finding.missing if name.isupper()), finding
+
+
+def test_failed_entry_is_explained_from_the_log_s_text(intel_plain_truth: Dict[str, Any]) -> None:
+    """The serial log as it is, its lines interleaved with other output: `Vmcs.from_text` reads it, and the cause is the same."""
+    text = (Path(__file__).parent / "data/intel/kvm-bochs27.serial.log").read_text()
+    findings = check_vm_entry(Vmcs.from_text(text), capabilities(intel_plain_truth))
+    assert [finding.id for finding in findings if finding.failed] == ["guest.cs.type"]
+    assert not {"GUEST_CS_AR_BYTES", "GUEST_RFLAGS", "GUEST_CR0"} & {name for finding in findings for name in finding.missing}
