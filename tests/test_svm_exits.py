@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vtdbg import bits
 from vtdbg.errors import UnknownName, UsageError
 from vtdbg.explain import ADVICE_KINDS
+from vtdbg.memory.base import memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.svm import events
 from vtdbg.svm.exit_codes import exit_codes, find, get, signed
@@ -134,6 +135,43 @@ def test_the_vmcb_of_the_dump_explains_its_own_exit(amd_exit: Path) -> None:
     rip = result.fact("RIP")
     assert rip is not None and rip.value == 0xFFFF800000000091
     assert not result.warnings()
+
+
+def test_with_memory_the_instruction_and_the_nested_entry_are_shown(amd_exit: Path, amd_exit_truth: Dict[str, Any]) -> None:
+    """The guest program's own account: the write of 4 bytes to GPA 0x200000 is by an instruction that ends at 0x...98.
+
+    The nested entry is KVM's MMIO entry of the truth; all of it goes through the guest's tables and the nested ones.
+    """
+    memory = open_machine(amd_exit).memory
+    result = explain_svm_exit(vmcb=Vmcb.from_page(memory.read(VMCB_ADDRESS, 4096)), memory=memory)
+    told = re.search(r"rip=(\S+) mmio w gpa=0x200000 len=4", "\n".join(amd_exit_truth["user_exits"]))
+    assert told is not None and result.instruction is not None
+    assert result.instruction.next == int(told.group(1), 16)
+    assert result.instruction.text == "mov dword ptr [0x200000], eax"
+    walk = result.fact("NPT walk")
+    entry, = (int(leaf["pte"], 16) for leaf in amd_exit_truth["npt_leaves"] if leaf["gpa"] == "0x200000")
+    assert walk is not None and walk.value == entry and walk.meaning.startswith("misconfiguration") and not walk.warning
+
+
+def test_without_its_memory_the_instruction_says_what_failed(amd_exit: Path) -> None:
+    vmcb = Vmcb.from_page(open_machine(amd_exit).memory.read(VMCB_ADDRESS, 4096))
+    result = explain_svm_exit(vmcb=vmcb, memory=memory_from_segments([(0, bytes(4096))]))
+    fact = result.fact("instruction")
+    assert result.instruction is None and fact is not None and fact.meaning.startswith("not read: cannot read")
+    assert explain_svm_exit(vmcb=vmcb).fact("instruction") is None
+    saved = vmcb.replaced({"insn_len": 8, "insn_bytes": int.from_bytes(b"\x89\x04\x25\0\0\x20\0\x90", "little")})
+    found = explain_svm_exit(vmcb=saved).instruction
+    assert found is not None and found.text == "mov dword ptr [0x200000], eax"
+
+
+def test_an_instruction_that_is_not_the_exits_is_suspect() -> None:
+    """RIP was advanced, or the memory is of another time: the bytes at RIP are not a CPUID."""
+    memory = memory_from_segments([(0x1000, b"\x0f\xa2\x90" + bytes(4093))])
+    real_mode = {"exit_code": 0x72, "efer": 0x1000, "cr0": 0x10, "cr4": 0, "cr3": 0, "cs.attrib": 0x9B, "cs.base": 0x1000, "nested_ctl": 0}
+    good = explain_svm_exit(vmcb=Vmcb.from_values({**real_mode, "rip": 0, "next_rip": 2}), memory=memory)
+    assert good.instruction is not None and good.instruction.mnemonic == "cpuid" and not good.warnings()
+    assert "memory is of another time" in explain_svm_exit(vmcb=Vmcb.from_values({**real_mode, "rip": 2}), memory=memory).warnings()[0]
+    assert "next_rip is 0x3" in explain_svm_exit(vmcb=Vmcb.from_values({**real_mode, "rip": 0, "next_rip": 3}), memory=memory).warnings()[0]
 
 
 # -- the tables -------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ from typing import Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from vtdbg.errors import UsageError
 from vtdbg.explain import Explanation, Fact, unique
+from vtdbg.memory.base import PhysicalMemory
 from vtdbg.svm import events, exit_codes
 from vtdbg.svm.events import SvmEvent
 from vtdbg.svm.exit_advice import advise
 from vtdbg.svm.exit_codes import ExitCode
 from vtdbg.svm.exit_info import ExitInputs, info_facts, stale_facts
+from vtdbg.svm.guest import SvmGuest, code_facts, nested_walk_facts
 from vtdbg.svm.vmcb import Vmcb
+from vtdbg.x86.disasm import Instruction
 
 _FROM_VMCB = ("exit_info_1", "exit_info_2", "exit_int_info", "exit_int_info_err", "event_inj", "event_inj_err", "next_rip", "rip", "rax", "rsp",
               "dr6", "int_state", "insn_len", "insn_bytes", "intercept_cr", "intercept_dr", "intercept_exceptions", "intercept_misc1",
@@ -39,11 +42,13 @@ class SvmExit(Explanation):
 
 def explain_svm_exit(exit_code: Union[int, str, None] = None, exit_info_1: Optional[int] = None, exit_info_2: Optional[int] = None,
                      exit_int_info: Optional[int] = None, event_inj: Optional[int] = None, vmcb: Optional[Vmcb] = None,
-                     registers: Optional[Mapping[str, Optional[int]]] = None) -> SvmExit:
+                     registers: Optional[Mapping[str, Optional[int]]] = None, *, memory: Optional[PhysicalMemory] = None,
+                     ncr3: Optional[int] = None) -> SvmExit:
     """Explain an exit from numbers, from a VMCB, or from both (a given number wins).  What is not given is unknown, never 0.
 
     `exit_code` by number (also as 32-bit prints show -1) or by name ("NPF"); `exit_int_info` and `event_inj` with the error code in bits 63:32
-    or without; `registers` are guest registers by lower-case 64-bit name ("rcx"): the VMCB holds only RAX and RSP.
+    or without; `registers` are guest registers by lower-case 64-bit name ("rcx"): the VMCB holds only RAX and RSP.  `memory` is host-physical
+    memory: with a VMCB (or `ncr3`) it gives the instruction at RIP and the walk behind a nested page fault.
     Raises UsageError where there is neither an exit code nor a VMCB with one, UnknownName for a name of no exit.
     """
     code = _code_of(exit_code, vmcb)
@@ -58,13 +63,26 @@ def explain_svm_exit(exit_code: Union[int, str, None] = None, exit_info_1: Optio
             continue
         (facts if found.valid else stale).extend(_event_facts(inputs, found, label))
     facts += list(_guest_facts(inputs))
+    instruction, with_memory = _memory_facts(inputs, vmcb, memory, ncr3)
+    facts += with_memory
     info1, info2 = inputs.get("exit_info_1"), inputs.get("exit_info_2")
     return SvmExit(
         kind="svm", code=code, name=inputs.row.name, title=inputs.row.title, facts=tuple(facts), stale=tuple(stale),
         advice=unique(advise(inputs, event, injection, vmcb) if row else ()), notes=tuple(_notes(inputs)), known=row is not None,
-        see=inputs.row.see, summary=_summary(inputs, facts), row=row, exit_info_1=info1, exit_info_2=info2, event=event, injection=injection,
+        see=inputs.row.see, summary=_summary(inputs, facts), instruction=instruction, row=row, exit_info_1=info1,
+        exit_info_2=info2, event=event, injection=injection,
         gpa=_typed(inputs, "svm_gpa"), linear_address=_typed(inputs, "svm_linear"), msr=_msr_index(inputs),
         port=info1 >> 16 & 0xFFFF if inputs.row.info1 == "svm_ioio" and info1 is not None else None)
+
+
+def _memory_facts(inputs: ExitInputs, vmcb: Optional[Vmcb], memory: Optional[PhysicalMemory],
+                  ncr3: Optional[int]) -> Tuple[Optional[Instruction], List[Fact]]:
+    if vmcb is not None and vmcb.layout != "vmcb":
+        return None, []
+    guest = SvmGuest(vmcb if vmcb is not None else Vmcb.from_values({}), memory, ncr3)
+    instruction, facts = code_facts(guest, inputs.row)
+    walk = nested_walk_facts(guest, _typed(inputs, "svm_gpa"), inputs.get("exit_info_1")) if inputs.row.name == "NPF" else ()
+    return instruction, [*facts, *walk]
 
 
 def _summary(inputs: ExitInputs, facts: List[Fact]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import FrozenSet, Optional, Tuple
 
-from vtdbg.errors import MemoryUnavailable, VtdbgError
-from vtdbg.memory.base import PAGE_SIZE
 from vtdbg.vmx.guest import Guest
-from vtdbg.x86.disasm import MAX_LENGTH, Instruction, disassemble
+from vtdbg.x86.code import instruction_at
+from vtdbg.x86.disasm import Instruction
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ def at_rip(guest: Guest, length: Optional[int], mnemonics: FrozenSet[str]) -> Co
         return Code(None, "GUEST_RIP is not known")
     if mode is None:
         return Code(None, "the guest's mode is not known (needs GUEST_CS_AR_BYTES and the entry control IA-32e mode guest)")
-    found, problem = _decode(guest, rip, mode)
+    found, problem = instruction_at(guest, rip, mode)
     if mnemonics and length and not (found is not None and matches(found, length, mnemonics)):
-        before, _ = _decode(guest, rip - length, mode)
+        before, _ = instruction_at(guest, rip - length, mode)
         if before is not None and matches(before, length, mnemonics):
             note = f"GUEST_RIP {rip:#x} is already behind the instruction: the VMM has advanced it since the exit"
             return Code(before, passed=True, notes=(note,))
@@ -53,29 +52,3 @@ def matches(found: Instruction, length: int, mnemonics: FrozenSet[str]) -> bool:
 def _named(found: Instruction, mnemonics: FrozenSet[str]) -> bool:
     """Is one of the words of the instruction's name among `mnemonics`?  ("rep insb" is "insb")"""
     return any(word in mnemonics for word in found.mnemonic.split())
-
-
-def _decode(guest: Guest, rip: int, mode: int) -> Tuple[Optional[Instruction], str]:
-    base = 0 if mode == 64 else guest.segment_base("CS")
-    if base is None:
-        return None, "the base of CS is not known"
-    address = (rip + base) & ((1 << (64 if mode == 64 else 32)) - 1)
-    data, problem = b"", ""
-    try:
-        data = guest.read(address, min(MAX_LENGTH, PAGE_SIZE - address % PAGE_SIZE))
-        if len(data) < MAX_LENGTH:
-            data += guest.read(address + len(data), MAX_LENGTH - len(data))
-    except MemoryUnavailable as error:
-        problem = str(error)
-    except VtdbgError as error:
-        return None, str(error)
-    if not data:
-        return None, problem
-    try:
-        # Branch targets and RIP-relative addresses come out right for an instruction at RIP, not at its linear address.
-        found = disassemble(data, rip, mode)
-    except VtdbgError as error:
-        return None, str(error)
-    if found is None:
-        return None, problem or f"no instruction that capstone knows at {address:#x}: {data.hex(' ')}"
-    return found, ""
