@@ -69,16 +69,23 @@ def unsnappy(data: bytes, limit: int) -> bytes:
 
 
 def unlzo(data: bytes, limit: int) -> bytes:
-    """One LZO1X block (no header, as kdump stores it)."""
+    """One LZO1X block (no header, as kdump stores it).  Written out in one loop: this is what scanning a dump of RHEL's kdump waits for."""
     out = bytearray()
+    end, made = len(data), 0
     at, state = 0, 0
     try:
         if data[0] > 17:
             # The first byte alone may be a run of literals: fewer than 4 count as literals after a match.
-            length = data[0] - 17
-            at = _literals(data, 1, length, out, limit)
-            state = min(length, 4)
+            tail, at, state = data[0] - 17, 1, min(data[0] - 17, 4)
+        else:
+            tail = 0
         while True:
+            if tail:
+                made += tail
+                if made > limit or at + tail > end:
+                    raise ValueError("literals run over the end of the data or of the page")
+                out += data[at:at + tail]
+                at += tail
             code = data[at]
             at += 1
             if code >= 64:
@@ -88,7 +95,9 @@ def unlzo(data: bytes, limit: int) -> bytes:
                 tail = code & 3
             elif code >= 16:
                 near = code >= 32
-                length, at = _lzo_length(data, at, code & (31 if near else 7), 31 if near else 7, limit)
+                length = code & (31 if near else 7)
+                if not length:
+                    length, at = _lzo_length(data, at, 31 if near else 7, limit)
                 length += 2
                 low = data[at] | data[at + 1] << 8
                 at += 2
@@ -97,8 +106,9 @@ def unlzo(data: bytes, limit: int) -> bytes:
                 if distance == 16384 and not near:
                     return bytes(out)
             elif state == 0:
-                length, at = _lzo_length(data, at, code, 15, limit)
-                at = _literals(data, at, length + 3, out, limit)
+                tail = code + 3
+                if not code:
+                    tail, at = _lzo_length(data, at, 18, limit)
                 state = 4
                 continue
             else:
@@ -106,10 +116,16 @@ def unlzo(data: bytes, limit: int) -> bytes:
                 distance = (data[at] << 2) + (code >> 2) + (2049 if state == 4 else 1)
                 at += 1
                 tail = code & 3
-            _copy(out, distance, length, limit)
-            if tail:
-                at = _literals(data, at, tail, out, limit)
             state = tail
+            start = made - distance
+            made += length
+            if start < 0 or made > limit:
+                raise ValueError("a copy from before the beginning or over the end of the page")
+            if distance >= length:
+                out += out[start:start + length]
+            else:
+                # The copy overlaps what it writes: the last `distance` bytes, repeated.
+                out += (out[start:] * (length // distance + 1))[:length]
     except IndexError:
         raise ValueError("the data end without an end mark") from None
 
@@ -193,10 +209,8 @@ def _snappy_length(data: bytes) -> "tuple[int, int]":
     raise ValueError("no length at the beginning of a snappy block")
 
 
-def _lzo_length(data: bytes, at: int, length: int, full: int, limit: int) -> "tuple[int, int]":
-    """A length that, when the opcode's bits are zero, goes on in bytes: 255 for each zero, then the first byte that is not."""
-    if length:
-        return length, at
+def _lzo_length(data: bytes, at: int, full: int, limit: int) -> "tuple[int, int]":
+    """A length that does not fit its opcode: `full`, 255 more for each byte of zero, and the first byte that is not zero."""
     length = full
     while data[at] == 0:
         length += 255
@@ -204,15 +218,6 @@ def _lzo_length(data: bytes, at: int, length: int, full: int, limit: int) -> "tu
         if length > limit:
             raise ValueError(f"more than {limit} bytes come out")
     return length + data[at], at + 1
-
-
-def _literals(data: bytes, at: int, length: int, out: bytearray, limit: int) -> int:
-    if at + length > len(data):
-        raise ValueError("literals run over the end of the data")
-    if len(out) + length > limit:
-        raise ValueError(f"more than {limit} bytes come out")
-    out += data[at:at + length]
-    return at + length
 
 
 def _copy(out: bytearray, distance: int, length: int, limit: int) -> None:
