@@ -16,6 +16,7 @@ test: $(VENV)/.dev-installed lint
 lint: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vermin --quiet --no-tips --violations -t=3.9- vtdbg gdb_plugin windbg_plugin
 
 bench: $(VENV)/.dev-installed
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

@@ -113,7 +113,7 @@ class TextRenderer:
         if headings:
             # As a row of its own: tabulate pads the columns of real headers by two more.
             cells.insert(0, [self.mark(heading, Value(None, heading, "dim")) for heading in headings])
-        table = tabulate(cells, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
+        table = tabulate(cells, tablefmt="plain", disable_numparse=True)
         return table.splitlines()
 
 
