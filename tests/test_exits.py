@@ -548,3 +548,13 @@ def test_a_vmcs_without_an_exit() -> None:
 def test_enclave_exit() -> None:
     """Bit 27: registers and RIP are not the enclave's."""
     assert any("asynchronous exit pointer" in note for note in explain_vm_exit(1 << 27 | 10, 0).notes)
+
+
+def test_printing() -> None:
+    """`print(explanation)` in a script shows everything, a line each."""
+    explanation = vtdbg.explain_vm_exit(48, 0x182, guest_physical_address=0x5000)
+    lines = str(explanation).splitlines()
+    assert lines[0].startswith("EPT_VIOLATION (EPT violation): write at a linear address, guest-physical 0x5000")
+    assert len(lines) == 1 + len(explanation.facts) + len(explanation.stale) + len(explanation.advice) + len(explanation.notes)
+    assert "  guest-physical address:  0x5000" in lines
+    assert str(vtdbg.explain_vmcs(Vmcs.from_values({"VM_EXIT_REASON": 12}))).startswith("HLT (HLT)")

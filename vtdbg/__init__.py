@@ -28,6 +28,7 @@ _PUBLIC: Dict[str, str] = {
     "GuestPhysicalMemory": "vtdbg.memory.views:GuestPhysicalMemory",
     "LinearMemory": "vtdbg.memory.views:LinearMemory",
     "explain_vm_exit": "vtdbg.vmx.exits:explain_vm_exit",
+    "explain_vmcs": "vtdbg.vmx.exits:explain_vmcs",
     "explain_svm_exit": "vtdbg.svm.exits:explain_svm_exit",
     "Vmcb": "vtdbg.svm.vmcb:Vmcb",
     "SvmCapabilities": "vtdbg.svm.capabilities:SvmCapabilities",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from vtdbg.vmx.capabilities import VmxCapabilities
     from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
     from vtdbg.vmx.ept import ept_walk
-    from vtdbg.vmx.exits import explain_vm_exit
+    from vtdbg.vmx.exits import explain_vm_exit, explain_vmcs
     from vtdbg.vmx.vmcs import Vmcs
 
 

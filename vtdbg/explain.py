@@ -65,6 +65,16 @@ class Explanation:
     operand: Optional[Operand] = None
     instruction: Optional[Instruction] = None
 
+    def __str__(self) -> str:
+        """The whole explanation as lines of text: what `print` shows in a script."""
+        lines = [f"{self.name} ({self.title})" + (f": {self.summary}" if self.summary else "")]
+        for fact in self.facts + self.stale:
+            value = "" if fact.value is None else f"{fact.value:#x}"
+            lines.append("  " + "  ".join(part for part in (f"{fact.label}:", value, fact.meaning, fact.warning and f"[{fact.warning}]") if part))
+        lines += [f"  {item.kind}: {item.text}" for item in self.advice]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
     def group(self, name: str) -> Tuple[Fact, ...]:
         """The facts of one field."""
         return tuple(fact for fact in self.facts if fact.group == name)

@@ -1,0 +1,92 @@
+"""The tables of VM exits: basic exit reasons, VM-instruction errors, VMX-abort indicators, by number and by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Mapping, Tuple, Union
+
+from vtdbg import bits
+from vtdbg.errors import UnknownName
+from vtdbg.names import near_names
+
+
+@dataclass(frozen=True)
+class ExitReason:
+    """A row of `data/exit_reasons.csv`; the head of that file says what the columns hold."""
+
+    number: int
+    name: str
+    title: str
+    linux: str
+    aliases: Tuple[str, ...]
+    qualification: str
+    instruction_info: str
+    rip: str
+    length: str
+    gla: str
+    gpa: str
+    cause: str
+    emulate: str
+    see: str
+    mnemonics: Tuple[str, ...]
+    inputs: str
+
+    @property
+    def reserved(self) -> bool:
+        return self.rip == "reserved"
+
+
+@dataclass(frozen=True)
+class NumberedError:
+    """A row of vm_instruction_errors.csv or vmx_aborts.csv."""
+
+    number: int
+    name: str
+    title: str
+    aliases: Tuple[str, ...]
+    fix: str
+    instructions: str = ""
+
+
+@cache
+def reasons() -> Mapping[int, ExitReason]:
+    """Every basic exit reason 0 to 85 by number, the reserved ones included."""
+    found = {}
+    for row in bits.read_rows("exit_reasons.csv"):
+        number = int(row.pop("number"))
+        found[number] = ExitReason(number=number, aliases=tuple(row.pop("aliases").split()),
+                                   mnemonics=tuple(row.pop("mnemonics").split()), **row)
+    return found
+
+
+@cache
+def _numbered(name: str) -> Mapping[int, NumberedError]:
+    return {int(row["number"]): NumberedError(int(row["number"]), row["name"], row["title"], tuple(row["aliases"].split()), row["fix"],
+                                              row.get("instructions", "")) for row in bits.read_rows(name)}
+
+
+def instruction_errors() -> Mapping[int, NumberedError]:
+    """VM-instruction errors 1 to 28 by number."""
+    return _numbered("vm_instruction_errors.csv")
+
+
+def aborts() -> Mapping[int, NumberedError]:
+    """VMX-abort indicators by number."""
+    return _numbered("vmx_aborts.csv")
+
+
+def find(name: Union[int, str]) -> ExitReason:
+    """The reason by number or by any source's name ("EPT_VIOLATION", "48", "eptviolation"); UnknownName with the near names."""
+    text = str(name).strip()
+    try:
+        number = int(text, 0)
+    except ValueError:
+        for row in reasons().values():
+            if text.upper() in (row.name, row.title.upper()) + row.aliases:
+                return row
+        raise UnknownName("VM-exit reason", name, near_names(name, [row.name for row in reasons().values()])) from None
+    found = reasons().get(number & 0xFFFF)
+    if found is None:
+        raise UnknownName("VM-exit reason", name)
+    return found
