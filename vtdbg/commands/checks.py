@@ -71,16 +71,18 @@ def check_vmcs(
 )
 def check_vmcb(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], all: bool, lint: bool) -> Report:
     """All the consistency checks of VMRUN.  A check whose input is missing is undecided, with the input named."""
+    from vtdbg.svm.capabilities import SvmCapabilities
     from vtdbg.svm.entry import check_vmrun
     from vtdbg.svm.lint import lint_vmcb
 
     chosen = chosen_vmcb(session, address, text, index)
     memory = session.machine.memory if text is None else None
+    caps = SvmCapabilities.of(session.caps) if session.caps is not None else None
     report = _report("vmcb check", session, text, STALE_VMCB)
     for item in chosen:
-        findings = check_vmrun(item.vmcb, None, memory, vmcb_address=item.address)
+        findings = check_vmrun(item.vmcb, caps, memory, vmcb_address=item.address)
         if lint:
-            findings += lint_vmcb(item.vmcb, None, memory)
+            findings += lint_vmcb(item.vmcb, caps, memory)
         report.add(Group("vmcb", item.title, _blocks(findings, _vmrun_words(findings), all), {"address": _hex(item.address)}))
         _status(report, findings)
         report.python += _python(session, "vmcb", item.address, text, "vtdbg.check_vmrun(vmcb, None, {memory})", memory)

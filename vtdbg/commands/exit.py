@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
-from vtdbg.commands.session import Session
+from vtdbg.commands.session import Session, given_registers
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.explain import Advice, Explanation, Fact
 from vtdbg.numbers import parse_number
@@ -66,7 +66,7 @@ def explain(
     does RIP advance, what has to be injected again, which control caused the exit, how to avoid it.
     """
     report = Report("exit explain")
-    registers = _registers(reg or [])
+    registers = given_registers(reg or [])
     given = {name: value for name, value in numbers.items() if value is not None}
     if instruction_error is not None or abort is not None:
         _numbered(report, instruction_error, abort)
@@ -98,16 +98,6 @@ def reasons(session: Session, which: Optional[str]) -> Report:
             table.add(hexa(code, 3), known.name, known.title)
         report.add(table)
     return report
-
-
-def _registers(assignments: List[str]) -> Dict[str, Optional[int]]:
-    registers: Dict[str, Optional[int]] = {}
-    for item in assignments:
-        name, found, value = item.partition("=")
-        if not found:
-            raise UsageError(f"--reg {item!r}: write NAME=VALUE, for instance rbx=0x1000")
-        registers[name.strip().lower()] = parse_number(value)
-    return registers
 
 
 def _split(given: Mapping[str, Any]) -> "tuple[Dict[str, Any], Dict[str, Any]]":
@@ -183,9 +173,12 @@ def _from_memory(
         return
     report.notes.append(STALE_VMCB)
     for block in chosen_vmcb(session, address):
-        found = explain_svm_exit(vmcb=block.vmcb, registers=registers, **svm)
+        found = explain_svm_exit(vmcb=block.vmcb, registers=registers, memory=memory, **svm)
         report.add(explanation_group(found, block.title))
-        report.python.append(f"print(vtdbg.explain_svm_exit(vmcb=vtdbg.Vmcb.from_page(machine.memory.read_page({block.address:#x}))))")
+        report.python += [
+            f"vmcb = vtdbg.Vmcb.from_page(machine.memory.read_page({block.address:#x}))",
+            "print(vtdbg.explain_svm_exit(vmcb=vmcb, memory=machine.memory))",
+        ]
 
 
 def _numbered(report: Report, instruction_error: Optional[int], abort: Optional[int]) -> None:
