@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Union
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.session import Session
+from vtdbg.commands.session import Session, given_registers
 from vtdbg.errors import UsageError
 from vtdbg.numbers import parse_number
 from vtdbg.report import FINDINGS, Group, Lines, Pairs, Report, Table, Value, hexa, text
@@ -15,6 +15,7 @@ from vtdbg.vmx.capabilities import WORD_SOURCES, VmxCapabilities, msr_name, pres
 
 SOURCE = Arg("processor", "text", "a file of MSR values (JSON, rdmsr, vmxcap, a log), or the name of a preset (default: --caps)", nargs="?")
 MSR = Opt("--msr", "text", "one MSR by index or name, added to the file's: 0x48b=0x...", many=True, metavar="MSR=VALUE")
+PRINT_MSRS = ("for index, value in caps.items():", "    print(hex(index), hex(value))")
 DECODED = {"vmx_basic": 0x480, "vmx_misc": 0x485, "ept_vpid_cap": 0x48C, "feature_control": 0x3A}
 
 
@@ -23,7 +24,7 @@ def capabilities(session: Session, processor: Optional[str], msr: Optional[List[
     if processor is not None:
         session.caps_name = processor
     found = session.caps
-    values: Dict[str, int] = {}
+    values: Dict[Union[int, str], int] = {}
     for item in msr or []:
         name, given, value = item.partition("=")
         if not given:
@@ -31,17 +32,20 @@ def capabilities(session: Session, processor: Optional[str], msr: Optional[List[
         values[name.strip()] = parse_number(value)
     if found is None and not values:
         raise UsageError(f"no processor: give a file of MSR values, --msr, or a preset ({', '.join(presets())})")
-    merged: Dict[object, int] = dict(found.items()) if found is not None else {}
-    merged.update(values)
-    width = found.physical_address_width if found is not None else None
-    return VmxCapabilities.from_msrs(merged, physical_address_width=width)  # type: ignore[arg-type]
+    if found is None:
+        return VmxCapabilities.from_msrs(values)
+    return found.replaced(values)
 
 
 @verb("caps show", "the control words and features that a processor allows", SOURCE, MSR)
 def show(session: Session, processor: Optional[str], msr: Optional[List[str]]) -> Report:
     """For each control: may it be 1, must it be 1.  A control whose MSR is not known is unknown, not absent."""
     caps = capabilities(session, processor, msr)
-    report = Report("caps show", python=_python(session, "for index, value in caps.items():", "    print(hex(index), hex(value))"))
+    report = Report(
+        "caps show",
+        notes=[*caps.warnings, *caps.problems()],
+        python=_python(session, *PRINT_MSRS),
+    )
     facts = Pairs("processor")
     facts.add("physical_address_width", "physical-address width", caps.physical_address_width)
     facts.add("revision", "VMCS revision", hexa(caps.revision))
@@ -92,6 +96,42 @@ def adjust(session: Session, word: str, wanted: List[str], processor: Optional[s
     if found.notes:
         report.add(Lines("notes", list(found.notes), bullet="- "))
     if found.possible is not True:
+        report.status = FINDINGS
+    return report
+
+
+@verb(
+    "caps support",
+    "can this processor run VMX or SVM, and what is missing",
+    SOURCE,
+    MSR,
+    Opt("--reg", "text", "a register, for what depends on it: cr0=0x80050033, cr4=..., efer=...", many=True, metavar="NAME=VALUE"),
+)
+def support(session: Session, processor: Optional[str], msr: Optional[List[str]], reg: Optional[List[str]]) -> Report:
+    """CPUID, IA32_FEATURE_CONTROL, the fixed bits of CR0 and CR4, EFER, VM_CR: each met, not met or unknown, and what to do about it.
+
+    Registers that are not given are taken from the first processor of the source, where it has one.
+    """
+    from vtdbg.x86.support import support_report
+
+    registers: Dict[str, Optional[int]] = dict(session.machine.cpus[0].registers) if session.has_machine and session.machine.cpus else {}
+    registers.update(given_registers(reg or []))
+    caps = capabilities(session, processor, msr)
+    table = Table(
+        "checks",
+        (("verdict", "verdict"), ("title", "condition"), ("found", ""), ("id", ""), ("advice", ""), ("see", "")),
+        headings=False,
+        wrap="title",
+    )
+    styles = {"pass": "good", "fail": "bad", "unknown": "warn"}
+    for check in support_report(caps, registers):
+        words = f"{check.title}: {check.found}" + (f". To do: {check.advice}" if check.verdict != "pass" and check.advice else "")
+        table.add(text(check.verdict, styles[check.verdict]), Value(check.title, words), check.found, check.id, check.advice, check.see)
+    report = Report("caps support", [table], notes=list(caps.warnings))
+    report.python = _python(
+        session, "from vtdbg.x86.support import support_report", f"for check in support_report(caps, {registers!r}):", "    print(check)"
+    )
+    if any(row[0].data == "fail" for row in table.rows if isinstance(row[0], Value)):
         report.status = FINDINGS
     return report
 

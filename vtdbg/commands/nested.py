@@ -187,7 +187,7 @@ def _range_table(found: Enumeration, limit: int) -> Tuple[Table, bool]:
 
 def _summary(found: Enumeration, table: Table) -> Value:
     total = sum(size * count for size, count in found.pages.items())
-    counts = ", ".join(f"{count} pages of {size_text(size)}" for size, count in sorted(found.pages.items()))
+    counts = ", ".join(f"{count} page{'s' * (count != 1)} of {size_text(size)}" for size, count in sorted(found.pages.items()) if count)
     words = f"{size_text(total)} mapped in {len(table.rows)} ranges ({counts or 'no pages'}); {found.tables_read} tables read"
     data = {
         "bytes": total,

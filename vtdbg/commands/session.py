@@ -132,6 +132,17 @@ class Session:
         return lines
 
 
+def given_registers(assignments: List[str]) -> Dict[str, Optional[int]]:
+    """NAME=VALUE options as registers by lower-case name."""
+    registers: Dict[str, Optional[int]] = {}
+    for item in assignments:
+        name, found, value = item.partition("=")
+        if not found:
+            raise UsageError(f"--reg {item!r}: write NAME=VALUE, for instance rbx=0x1000")
+        registers[name.strip().lower()] = parse_number(value)
+    return registers
+
+
 def find_layout(name: str) -> "Layout":
     """A packaged layout by name, or a user's own by the path of its file."""
     from vtdbg.vmx import layout_file, layouts

@@ -159,7 +159,7 @@ def layouts(session: Session, name: Optional[str]) -> Report:
     facts.add("access_rights", "access rights", known.ACCESS_RIGHTS_FORMS[layout.access_rights])
     facts.add("valid_for", "valid for", layout.valid_for)
     report.add(facts)
-    for key, title, lines in (("sources", "Sources", layout.sources), ("caveats", "Caveats", layout.caveats)):
+    for key, title, lines in (("sources", "Sources", layout.sources), ("caveats", "Caveats", layout.caveats), ("notes", "Notes", layout.notes)):
         if lines:
             report.add(Lines(key, list(lines), title=title, bullet="- "))
     table = Table("fields", (("offset", "offset"), ("size", "size"), ("encoding", "encoding"), ("name", "field"), ("note", "note")))
