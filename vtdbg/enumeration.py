@@ -20,7 +20,9 @@ from vtdbg.walk import EntryKind, Level, Permissions, Rule, Structure, Tables, m
 from vtdbg.x86.paging import sign_extended
 
 WORK_LIMIT = 1 << 23
-"""Runs of pages that are enumerated before giving up: a table that contains itself has more pages than anybody can list."""
+"""Runs of pages (and tables, times _TABLE_WORK) that are enumerated before giving up: a table that contains itself has more pages than
+anybody can list."""
+_TABLE_WORK = 64
 PROBLEM_LIMIT = 10_000
 _CACHE_ITEMS = 1 << 15
 _UNMERGED = ("A", "D")
@@ -111,6 +113,7 @@ _Run = Tuple[int, int, int, int]
 Plain tuples of numbers, because the garbage collector does not look into those: a large structure has a million of them.
 """
 _LEAF, _TABLE, _BROKEN = range(3)
+"""What entries are; _BROKEN and above: which set of rules they break (`_Judge.rules`)."""
 
 
 class _Shape(NamedTuple):
@@ -167,75 +170,104 @@ def _attributes(tables: Tables, level: Level, kind: EntryKind, apart: FrozenSet[
     return mask & ~(tables.rights_mask | tables.present | level.large)
 
 
-_Legal = Dict[int, Tuple[EntryKind, Tuple[Rule, ...]]]
-"""What the bits of an entry that rules look at make of it: few combinations occur, and hostile tables do not get to keep theirs."""
-_LEGAL_LIMIT = 4096
+class _Judge:
+    """What the entries of one level are.  That depends on few of their bits, and few combinations of those occur."""
+
+    _LIMIT = 4096
+    """Combinations that are kept: hostile tables do not get to keep all of theirs."""
+
+    def __init__(self, shape: _Shape) -> None:
+        self._level, self._ruled = shape.level, shape.ruled
+        self.known: Dict[int, int] = {}
+        self.rules: List[Tuple[Rule, ...]] = []
+
+    def of(self, entry: int) -> int:
+        """_LEAF, _TABLE, or _BROKEN plus the number of the rules that it breaks."""
+        key = entry & self._ruled
+        found = self.known.get(key)
+        if found is None:
+            kind = self._level.kind(entry)
+            rules = kind.broken(entry)
+            if not rules:
+                found = _LEAF if kind.leaf else _TABLE
+            else:
+                if rules not in self.rules:
+                    self.rules.append(rules)
+                found = _BROKEN + self.rules.index(rules)
+            if len(self.known) < self._LIMIT:
+                self.known[key] = found
+        return found
 
 
-def _judged(shape: _Shape, entry: int, legal: _Legal) -> Tuple[EntryKind, Tuple[Rule, ...]]:
-    key = entry & shape.ruled
-    found = legal.get(key)
-    if found is None:
-        kind = shape.level.kind(entry)
-        found = kind, kind.broken(entry)
-        if len(legal) < _LEGAL_LIMIT:
-            legal[key] = found
-    return found
-
-
-def _runs(shape: _Shape, tables: Tables, data: bytes, legal: _Legal) -> Tuple[_Run, ...]:
+def _runs(shape: _Shape, tables: Tables, data: bytes, judge: _Judge) -> List[_Run]:
     """What a table holds, pages that step by one page taken together; entries that are not present are left out."""
     whole = int.from_bytes(data, "little") & shape.keep_all
     if not whole:
-        return ()
-    first, level = whole & shape.lane, shape.level
-    if shape.linear and first & tables.present and whole == first * shape.ones + shape.steps:
-        kind, rules = _judged(shape, first, legal)
-        if kind.leaf and not rules and _uniform(shape, first, level.entries, legal):
-            return ((0, level.entries, first, _LEAF),)
+        return []
+    first, count = whole & shape.lane, shape.level.entries
+    if (shape.linear and first & tables.present and whole == first * shape.ones + shape.steps and judge.of(first) == _LEAF
+            and _uniform(shape, first, count, judge)):
+        return [(0, count, first, _LEAF)]
     entries = array(shape.code)
     entries.frombytes(whole.to_bytes(shape.size, "little"))
     if sys.byteorder == "big":
         entries.byteswap()
-    return tuple(_irregular(shape, tables, entries, legal))
+    return _irregular(shape, tables.present, entries, judge)
 
 
-def _uniform(shape: _Shape, entry: int, count: int, legal: _Legal) -> bool:
+def _uniform(shape: _Shape, entry: int, count: int, judge: _Judge) -> bool:
     """Are `count` entries that step by one page from `entry`, a legal one, all legal, without a carry out of the address bits?
 
     Only the address changes on the way, and it grows: if the last entry is legal and in range, all are.
     """
     last = entry + (count - 1) * shape.level.page_size
-    return not (entry ^ last) & ~shape.address and not _judged(shape, last, legal)[1]
+    return not (entry ^ last) & ~shape.address and judge.of(last) == _LEAF
 
 
-def _irregular(shape: _Shape, tables: Tables, entries: "array[int]", legal: _Legal) -> Iterator[_Run]:
-    level, present, size = shape.level, tables.present, len(entries)
-    page_size, linear, ruled = level.page_size, shape.linear, shape.ruled
-    index = 0
-    while index < size:
-        entry = entries[index]
-        if not entry & present:
-            index += 1
+def _irregular(shape: _Shape, present: int, entries: "array[int]", judge: _Judge) -> List[_Run]:
+    runs: List[_Run] = []
+    append, known, ruled = runs.append, judge.known, shape.ruled
+    step = shape.level.page_size if shape.linear else 1 << 65
+    expected, open_at, opened = -1, -1, 0
+    for index, entry in enumerate(entries):
+        if entry == expected:
+            expected += step
             continue
-        known = legal.get(entry & ruled)
-        kind, rules = known if known is not None else _judged(shape, entry, legal)
-        count = 1
-        if rules:
+        if open_at >= 0:
+            if index - open_at == 1:
+                append((open_at, 1, opened, _LEAF))
+            else:
+                _close(shape, runs, open_at, index - open_at, opened, judge)
+            open_at = expected = -1
+        if not entry & present:
+            continue
+        what = known.get(entry & ruled)
+        if what is None:
+            what = judge.of(entry)
+        if what == _LEAF:
+            open_at, opened, expected = index, entry, entry + step
+        elif what >= _BROKEN and runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == index:
             # Neighbours that break the same rules are one problem, whatever else they hold.
-            while index + count < size and entries[index + count] & present and _judged(shape, entries[index + count], legal)[1] == rules:
-                count += 1
-            yield index, count, entry, _BROKEN
+            runs[-1] = runs[-1][0], runs[-1][1] + 1, runs[-1][2], what
         else:
-            if kind.leaf and linear:
-                expected = entry + page_size
-                while index + count < size and entries[index + count] == expected:
-                    count += 1
-                    expected += page_size
-                if count > 1 and not _uniform(shape, entry, count, legal):
-                    count = 1
-            yield index, count, entry, _LEAF if kind.leaf else _TABLE
-        index += count
+            append((index, 1, entry, what))
+    if open_at >= 0:
+        _close(shape, runs, open_at, len(entries) - open_at, opened, judge)
+    return runs
+
+
+def _close(shape: _Shape, runs: List[_Run], at: int, count: int, entry: int, judge: _Judge) -> None:
+    """Append a run of leaves; one that leaves the legal addresses on the way goes entry by entry."""
+    if count == 1 or _uniform(shape, entry, count, judge):
+        runs.append((at, count, entry, _LEAF))
+        return
+    for step in range(count):
+        here = entry + step * shape.level.page_size
+        what = judge.of(here)
+        if what >= _BROKEN and runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == at + step:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1, runs[-1][2], what
+        else:
+            runs.append((at + step, 1, here, what))
 
 
 class _Frame(NamedTuple):
@@ -259,7 +291,7 @@ class Enumeration:
     to which the entries together grant nothing has permissions "---".
 
     `apart` names bits that keep ranges apart although they are usually of no interest: {"A", "D"}.  `ignore_page_size` merges across page
-    sizes (the smallest is then given).  `limit` bounds the work (runs and tables, a table counting as 32): a table that contains itself
+    sizes (the smallest is then given).  `limit` bounds the work (runs, and tables, which count as 64): a table that contains itself
     ends with a problem of kind "limit", and `complete` stays False.  Memory stays bounded whatever the tables hold.
 
     Raises UsageError where the range is empty or paging is off.
@@ -280,113 +312,120 @@ class Enumeration:
         self.tables_read = 0
         self.pages: Dict[int, int] = {}
         self.complete = False
-        self._seen: "OrderedDict[Tuple[int, int], Tuple[_Run, ...]]" = OrderedDict()
+        self._seen: "OrderedDict[Tuple[int, int], List[_Run]]" = OrderedDict()
         self._kept = 0
-        self._legal: Tuple[_Legal, ...] = tuple({} for _ in self._tables.levels)
+        self._judges: List[_Judge] = []
         self._barren: Set[Tuple[int, int]] = set()
         self._reported: Set[Tuple[int, int, int]] = set()
         self._loops: Set[int] = set()
 
     def __iter__(self) -> Iterator[Range]:
-        pending: Optional[Range] = None
-        for row, _ in self._rows(_shapes(self._tables, self._apart, exact=False)):
-            if pending is not None:
-                joined = self._joined(pending, row)
+        held: Optional[Range] = None
+        end = after = -1
+        for row in self._rows(_shapes(self._tables, self._apart, exact=False)):
+            start, target, length = row[0], row[1], row[2]
+            if held is not None:
+                joined = self._joined(held, row) if start == end and target == after else None
                 if joined is not None:
-                    pending = joined
-                    continue
-                yield pending
-            pending = row
-        if pending is not None:
-            yield pending
-
-    def _joined(self, one: Range, two: Range) -> Optional[Range]:
-        length = one.length
-        if two.start != one.start + length or two.target != one.target + length or two.rights != one.rights:
-            return None
-        if one.page_size == two.page_size and one.attributes == two.attributes:
-            return one._replace(length=length + two.length)
-        if not self._ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
-            return None
-        # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
-        small = one if one.page_size <= two.page_size else two
-        return one._replace(length=length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
+                    row = joined
+                else:
+                    yield held
+            held, end, after = row, start + length, target + length
+        if held is not None:
+            yield held
 
     def leaves(self) -> Iterator[Leaf]:
         """Every page by itself, with its entry as it is in memory."""
         tables = self._tables
         levels = {level.page_size: level for level in tables.levels}
-        for row, table in self._rows(_shapes(tables, self._apart, exact=True)):
-            level, size = levels[row.page_size], row.page_size
+        for row in self._rows(_shapes(tables, self._apart, exact=True)):
+            level, size, table = levels[row.page_size], row.page_size, self._table_of_row
             for step in range(0, row.length, size):
                 start = row.start + step
                 at = None if table is None else table + level.index(start) * level.entry_size
                 yield Leaf(start, row.target + step, size, row.rights, row.attributes + step, at, level.number, row.kind, tables)
 
-    def _rows(self, shapes: Tuple[_Shape, ...]) -> Iterator[Tuple[Range, Optional[int]]]:
-        """One row a run, with the address of its table, in address order: the traversal that everything else is made of."""
+    def _rows(self, shapes: Tuple[_Shape, ...]) -> Iterator[Range]:
+        """One range a run of a table, in address order: the traversal that everything else is made of.  `_table_of_row` is where the
+        table lies whose run was given last."""
         self._reset()
         structure, tables, first, last = self._structure, self._tables, self._first, self._last
         if structure.root_problem:
             self._problem(Problem("misconfiguration", 0, 1 << tables.address_bits, structure.root_problem))
             self.complete = True
             return
+        self._judges = [_Judge(shape) for shape in shapes]
         in_registers = structure.registers is not None
         stack: List[_Frame] = []
-        stack.append(_Frame(0, structure.root, iter(self._table(shapes, stack, structure.root, None, 0)), 0, tables.rights_mask, None,
-                            whole=False, rows_before=0))
-        inverted, limit, pages = tables.inverted, self._limit, self.pages
-        rows = visited = 0
+        top = self._table(shapes, stack, structure.root, None, 0)
+        stack.append(_Frame(0, structure.root, iter(top), 0, tables.rights_mask, None, whole=False, rows_before=0))
+        inverted, pages, new = tables.inverted, self.pages, tuple.__new__
+        rows, visited = 0, len(top)
         while stack:
             frame = stack[-1]
-            depth, base, granted, shape = frame.depth, frame.base, frame.rights, shapes[frame.depth]
+            depth, whole, base, granted, shape = frame.depth, frame.whole, frame.base, frame.rights, shapes[frame.depth]
             shift, page_size, attributes = shape.level.shift, shape.level.page_size, shape.attributes
-            held_at = None if in_registers and not depth else frame.table
             leaf_kind, table_kind = shape.level.leaf, shape.level.table
             sign_bits = 0 if depth else structure.sign_bits
+            self._table_of_row = table_at = None if in_registers and not depth else frame.table
             for run in frame.runs:
                 index, entries, entry, what = run
                 start, length = base + (index << shift), entries << shift
                 if sign_bits:
                     start = sign_extended(start, sign_bits)
-                if start > last or start + length <= first:
+                if not whole and (start > last or start + length <= first):
                     continue
-                visited += 1
-                if visited > limit - 32 * self.tables_read:
-                    self._problem(Problem("limit", start, 0, f"given up at {start:#x} after {rows} runs of pages in {self.tables_read} tables; "
-                                          "give a smaller range, or a higher limit"))
-                    return
-                if what == _BROKEN:
-                    self._broken(stack, shape.level, run, start)
-                    continue
-                kind = leaf_kind if what == _LEAF else table_kind
-                assert kind is not None
-                rights = granted & (entry ^ inverted | kind.grants)
-                if what == _TABLE:
-                    table = kind.address_of(entry)
+                if what == _LEAF:
+                    assert leaf_kind is not None
+                    rows += 1
+                    if not whole and (start < first or start + length - 1 > last):
+                        skip = max(first - start, 0) >> shift << shift
+                        length = min(length, ((last - start >> shift) + 1) << shift) - skip
+                        start, entry = start + skip, entry + skip
+                    pages[page_size] = pages.get(page_size, 0) + (length >> shift)
+                    target = entry & leaf_kind.address if not leaf_kind.high_address else leaf_kind.address_of(entry)
+                    rights = granted & (entry ^ inverted | leaf_kind.grants)
+                    yield new(Range, (start, target, length, page_size, rights, entry & attributes, leaf_kind, tables))
+                elif what == _TABLE:
+                    assert table_kind is not None
+                    table = table_kind.address_of(entry)
                     if (table, depth + 1) in self._barren:
                         continue
-                    at = None if held_at is None else held_at + index * shape.level.entry_size
+                    at = None if table_at is None else table_at + index * shape.level.entry_size
                     self._watch_loop(stack, shape.level, run, table, start, at)
                     runs = self._table(shapes, stack, table, at, start)
-                    whole = first <= start and start + length - 1 <= last
-                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, whole, rows))
+                    rights = granted & (entry ^ inverted | table_kind.grants)
+                    all_wanted = first <= start and start + length - 1 <= last
+                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, all_wanted, rows))
+                    visited += len(runs)
                     break
-                rows += 1
-                if start < first or start + length - 1 > last:
-                    skip = max(first - start, 0) >> shift << shift
-                    length = min(length, ((last - start >> shift) + 1) << shift) - skip
-                    start, entry = start + skip, entry + skip
-                pages[page_size] = pages.get(page_size, 0) + (length >> shift)
-                target = entry & kind.address if not kind.high_address else kind.address_of(entry)
-                yield Range(start, target, length, page_size, rights, entry & attributes, kind, tables), held_at
+                else:
+                    self._broken(stack, shape.level, run, start)
             else:
                 stack.pop()
-                if frame.whole and rows == frame.rows_before:
+                if whole and rows == frame.rows_before:
                     self._barren.add((frame.table, depth))
+            if visited + _TABLE_WORK * self.tables_read > self._limit:
+                self._problem(Problem("limit", base, 0, f"given up at {base:#x} after {rows} runs of pages in {self.tables_read} tables; "
+                                      "give a smaller range, or a higher limit"))
+                return
         self.complete = True
 
-    def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> Tuple[_Run, ...]:
+    _table_of_row: Optional[int] = None
+
+    def _joined(self, one: Range, two: Range) -> Optional[Range]:
+        """One range for two that follow each other in both address spaces, if they mean the same."""
+        if two.rights != one.rights:
+            return None
+        if one.page_size == two.page_size and one.attributes == two.attributes:
+            return one._replace(length=one.length + two.length)
+        if not self._ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
+            return None
+        # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
+        small = one if one.page_size <= two.page_size else two
+        return one._replace(length=one.length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
+
+    def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> List[_Run]:
         """The runs of a table, parsed once; what cannot be read of it is reported once, and taken as not present."""
         depth = len(stack)
         known = self._seen.get((table, depth))
@@ -408,7 +447,7 @@ class Enumeration:
             self._problem(Problem("unreadable", start + missing, (shape.level.entries << shape.level.shift) - missing,
                                   f"the table at {table:#x} cannot be read {what}({error.reason})", path=_path(stack, entry_address)))
             data = data.ljust(shape.size, b"\0")
-        runs = _runs(shape, self._tables, data, self._legal[depth])
+        runs = _runs(shape, self._tables, data, self._judges[depth])
         self._seen[table, depth] = runs
         self._kept += len(runs) + 1
         while self._kept > _CACHE_ITEMS and len(self._seen) > 1:
@@ -431,12 +470,12 @@ class Enumeration:
 
     def _broken(self, stack: List[_Frame], level: Level, run: _Run, start: int) -> None:
         """Report entries that break rules, once for a table, however many paths lead to it."""
-        frame, (index, entries, entry, _) = stack[-1], run
+        frame, (index, entries, entry, what) = stack[-1], run
         key = frame.table, frame.depth, index
         if key in self._reported or len(self._reported) >= 2 * PROBLEM_LIMIT:
             return
         self._reported.add(key)
-        rules = level.kind(entry).broken(entry)
+        rules = self._judges[frame.depth].rules[what - _BROKEN]
         at = None if self._structure.registers is not None and not frame.depth else frame.table + index * level.entry_size
         where = f"level {level.number} {level.name}" + (f" at {at:#x}" if at is not None else "")
         more = f" and {entries - 1} more" if entries > 1 else ""

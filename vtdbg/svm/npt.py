@@ -7,7 +7,7 @@ Extension); Long-Mode Page Translation.  Compared with Linux 6.1 arch/x86/kvm an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Mapping, Optional, Protocol, Tuple
 
 from vtdbg import bits
@@ -236,5 +236,12 @@ def npt_walk(memory: PhysicalMemory, ncr3: int, gpa: int, access: AccessLike = N
     if c_bit is not None and not 32 <= c_bit <= 63:
         raise UsageError(f"the C-bit is an address bit between 32 and 63, not {c_bit}")
     known = width if width is not None or caps is None else caps.physical_address_width
-    return Npt(ncr3, mode, known, nxe, pse, c_bit, gmet, read_only_gpt, pat).walk(memory, gpa, access)
+    return _npt(ncr3, mode, known, nxe, pse, c_bit, gmet, read_only_gpt, pat).walk(memory, gpa, access)
+
+
+@lru_cache(maxsize=64)
+def _npt(ncr3: int, mode: Optional[str], width: Optional[int], nxe: Optional[bool], pse: Optional[bool], c_bit: Optional[int], gmet: bool,
+         read_only_gpt: bool, pat: Optional[int]) -> Npt:
+    """Walks of one root come in numbers; what depends on the root and the host only is worked out once."""
+    return Npt(ncr3, mode, width, nxe, pse, c_bit, gmet, read_only_gpt, pat)
 

@@ -8,8 +8,8 @@ Linux 6.12 vmx.h.  Dated 2026-11.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, List, Optional, Protocol, Tuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, List, NamedTuple, Optional, Protocol, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
@@ -335,4 +335,18 @@ def ept_walk(memory: PhysicalMemory, eptp: int, gpa: int, access: AccessLike = N
     Source: SDM vol. 3, The Extended Page Table Mechanism (EPT).
     """
     check_address(eptp, "EPTP")
-    return Ept(eptp, caps, mbec, paging_write, spp, verify_paging).walk(memory, gpa, access)
+    known = _Known(None, None) if caps is None else _Known(caps.physical_address_width, caps.ept_vpid_cap)
+    return _ept(eptp, known, mbec, paging_write, spp, verify_paging).walk(memory, gpa, access)
+
+
+class _Known(NamedTuple):
+    """The two values of a processor that decide, as a key."""
+
+    physical_address_width: Optional[int]
+    ept_vpid_cap: Optional[int]
+
+
+@lru_cache(maxsize=64)
+def _ept(eptp: int, caps: _Known, mbec: bool, paging_write: bool, spp: bool, verify_paging: bool) -> Ept:
+    """Walks of one EPT come in numbers; what depends on the pointer and the processor only is worked out once."""
+    return Ept(eptp, caps, mbec, paging_write, spp, verify_paging)
