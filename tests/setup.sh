@@ -7,6 +7,8 @@ need() {  # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
 }
 need g++ g++
+need as binutils
+need qemu-system-x86_64 qemu-system-x86
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     apt-get update -qq

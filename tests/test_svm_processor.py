@@ -1,7 +1,7 @@
 """check_vmrun against an implementation of VMRUN: QEMU's, on thousands of mutated VMCBs.
 
 What the emulator does not do, or does otherwise than the manual, is listed by name with the manual's section; everything else has to agree.
-VTDBG_VMRUN_CASES=N runs N cases instead of 3000, VTDBG_VMRUN_SEED=N others.
+VTDBG_FUZZ_CASES=N runs N cases instead of 3000.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def test_the_emulators_cpuid_is_understood(kernel: Path) -> None:
 
 def test_the_verdict_is_the_emulators(kernel: Path) -> None:
     """VMEXIT_INVALID exactly where a check fails; every other exit code is one of the tables."""
-    count, seed = int(os.environ.get("VTDBG_VMRUN_CASES", "3000")), int(os.environ.get("VTDBG_VMRUN_SEED", "1"))
-    cases = mutations(count, seed)
-    results = svmcpu.run(kernel, cases)
+    count = int(os.environ.get("VTDBG_FUZZ_CASES", "3000"))
+    cases = mutations(count, seed=1)
+    results = svmcpu.run_all(kernel, cases)
     caps = SvmCapabilities.from_cpuid(dict(results.cpuid))
     memory = vtdbg.memory_from_segments([(svmcpu.WORK, svmcpu.pages())])
     unexplained: List[str] = []
