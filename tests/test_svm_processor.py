@@ -185,12 +185,13 @@ def test_the_verdict_is_the_emulators(kernel: Path) -> None:
             used[name] = used.get(name, 0) + 1
         if bool(known) != refused and not names:
             unexplained.append(f"{'refused' if refused else f'entered ({get(code).name})'}: {case} fails {sorted(failing)}")  # type: ignore[union-attr]
-    assert unexplained == []
+    assert unexplained == [], svmcpu.version()
     assert sum(signed(code) == -1 for code in results.exit_codes) > count // 5
     assert sum(signed(code) != -1 for code in results.exit_codes) > count // 5
-    # A difference that never shows is not one, or the mutations have lost it.
     named = {f"rule {name}" for name in NOT_IMPLEMENTED} | {difference.name for difference in LENIENT + STRICT}
-    if count >= 3000:
+    assert set(used) - UNDECIDED <= named
+    if count >= 3000 and "version 7.2" in svmcpu.version():
+        # A difference that never shows is not one, or the mutations have lost it.  Newer emulators may have closed some.
         assert set(used) - UNDECIDED == named
 
 

@@ -85,6 +85,11 @@ def pages() -> bytes:
     return bytes(image)
 
 
+def version() -> str:
+    """"QEMU emulator version 7.2.22 (...)": which implementation the tests compare with."""
+    return subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
 def build(folder: Path) -> Path:
     """The kernel, assembled into `folder`; Unavailable where a program is missing."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
