@@ -13,7 +13,7 @@ STEPS: Sequence[Sequence[str]] = (
     ("ept", "walk", "0x1000", "--vmcs", "0x6826000"),
     ("ept", "walk", "0xfee00000", "--vmcs", "0x6826000"),
     ("exit", "explain", "0x6826000"),
-    ("vmcs", "check", "0x6bd9000"),
+    ("vmcs", "check", "0x6bd9000", "--caps", "bochs-2.7-skylake-x"),
 )
 SOURCE = "sample:vmx"
 
