@@ -21,7 +21,7 @@ from vtdbg.memory.open import open_machine
 PAGE = 4096
 RAM = 8 << 20
 DATA = Path(__file__).parent / "data" / "dumps"
-NAMES = sorted(path.name[:-3] for path in DATA.glob("*.xz"))
+NAMES = sorted(path.name[:-3] for path in DATA.glob("*.xz") if path.name != "kdbg.dmp.xz")
 OTHERS: Dict[str, Dict[str, Dict[str, Any]]] = json.loads((DATA / "others.json").read_text())
 
 # What memory each file stores.  The program headers of qemu-paging.elf and makedumpfile-nozeros.elf as `readelf -lW` shows them.
@@ -156,6 +156,47 @@ def test_windows_registers(files: Path) -> None:
         with opened(files, name).memory:
             cpu = opened(files, name).cpus[0]
             assert (cpu.get("cr3"), cpu.get("rip"), cpu.get("rax")) == (0x100000, 0x7654321, 0x1111111122222222)
+
+
+def test_registers_of_all_windows_processors_are_what_dbgeng_shows(tmp_path: Path) -> None:
+    """Two processors out of their KPRCBs: general, control and descriptor-table registers, as Microsoft's debugger engine prints them."""
+    path = tmp_path / "kdbg.dmp"
+    path.write_bytes(lzma.decompress((DATA / "kdbg.dmp.xz").read_bytes()))
+    machine = open_machine(path)
+    names = {"efl": "rflags", "gdtr": "gdtr_base", "gdtl": "gdtr_limit", "idtr": "idtr_base", "idtl": "idtr_limit", "tr": "tr_selector",
+             "ldtr": "ldtr_selector", **{f"{s}s": f"{s}s_selector" for s in "cdefgs"}}
+    with machine.memory as memory:
+        shown = (DATA / "kdbg.dbgeng.txt").read_text().split("kd> ~1s")
+        assert [cpu.index for cpu in machine.cpus] == [0, 1] and machine.warnings == []
+        for cpu, text in zip(machine.cpus, shown):
+            values = {names.get(name, name): int(value, 16) for name, value in re.findall(r"\b(?!iopl)([a-z]\w{1,3})=([0-9a-f]+)", text.split("kd> d")[0])}
+            assert len(values) == 17 + 1 + 6 + 11
+            assert {name: cpu.get(name) for name in values} == values
+        assert machine.cpus[0].get("cr2") != machine.cpus[1].get("cr2")
+        assert memory.read(0x800000, 8) == struct.pack("<II", 4, 0)
+        with pytest.raises(MemoryUnavailable):
+            memory.read(0x9F000, 1)
+
+
+@pytest.mark.parametrize("kind", ["encoded", "absent", "nowhere"])
+def test_without_the_debugger_data_block_the_header_remains(tmp_path: Path, kind: str) -> None:
+    """KDDEBUGGER_DATA64 can be encoded or missing: then only the header's CONTEXT and CR3 are known, and that is said."""
+    content = bytearray(lzma.decompress((DATA / "kdbg.dmp.xz").read_bytes()))
+    if kind == "encoded":
+        at = content.index(b"KDBG")
+        content[at - 16:at + 0x330] = bytes(byte ^ 0x5A for byte in content[at - 16:at + 0x330])
+    elif kind == "absent":
+        struct.pack_into("<Q", content, 0x80, 0xFFFFF80000FFF000)
+    else:
+        struct.pack_into("<Q", content, 0x10, 1 << 40)
+    path = tmp_path / "kdbg.dmp"
+    path.write_bytes(content)
+    machine = open_machine(path)
+    with machine.memory:
+        (cpu,) = machine.cpus
+        assert (cpu.get("rdx"), cpu.get("rip"), cpu.get("cr4")) == (0x3333, 0xFFFFF80000001000, None)
+        words = "encoded or damaged" if kind == "encoded" else "not in the dump"
+        assert any(text.startswith("2 processors") and words in text for text in machine.warnings)
 
 
 @pytest.mark.parametrize("which", ["exit", "l2"])

@@ -1,7 +1,7 @@
 """Windows kernel crash dumps: PAGEDU64 (complete, bitmap, and the range form of Windows 11) and complete PAGEDUMP of 32-bit Windows.
 
 Layout: DUMP_HEADER64 and DUMP_HEADER32 as dbgeng reads them, from volatility3's crash64.json, crash.json and crash_common.json and from
-kdmp-parser's kdmp-parser-structs.h; CONTEXT from winnt.h (all read November 2026).  Space that Windows does not fill holds "PAGE".
+kdmp-parser's kdmp-parser-structs.h (all read November 2026).  Space that Windows does not fill holds "PAGE".
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 from vtdbg.machine import Cpu, Machine
+from vtdbg.memory import windows_context
 from vtdbg.memory.base import PAGE_SIZE
 from vtdbg.memory.bitmap import PageBitmap
 from vtdbg.memory.runs import Run, RunMemory, settle_runs
@@ -21,7 +22,7 @@ TITLE = "Windows kernel crash dump (MEMORY.DMP: complete, bitmap, ranges)"
 
 MAX_PAGE = 1 << 40                           # 52 bits of physical address
 MAX_RUNS = 1 << 22
-_UNFILLED_32, _UNFILLED_64 = 0x45474150, 0x4547415045474150
+_UNFILLED = (0, 0x45474150, 0x4547415045474150)          # "PAGE": not filled
 
 
 class _Header(NamedTuple):
@@ -62,15 +63,6 @@ DUMP_TYPES: "Dict[int, Tuple[str, str]]" = {
     10: ("complete, ranges", "ranges"),
 }
 
-# Offset in CONTEXT -> register; CONTEXT of winnt.h for AMD64 and for i386.
-_CONTEXT64_SEGMENTS = ("cs_selector", "ds_selector", "es_selector", "fs_selector", "gs_selector", "ss_selector")
-_CONTEXT64_DEBUG = ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
-_CONTEXT64_GENERAL = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip")
-_CONTEXT32_GENERAL = ("gs_selector", "fs_selector", "es_selector", "ds_selector", "rdi", "rsi", "rbx", "rdx", "rcx", "rax", "rbp", "rip",
-                      "cs_selector", "rflags", "rsp", "ss_selector")
-_CONTEXT_AMD64, _CONTEXT_I386 = 0x100000, 0x10000
-_CONTROL, _INTEGER, _SEGMENTS, _DEBUG = 1, 2, 4, 0x10       # what ContextFlags says is filled
-
 
 def recognise(header: bytes, path: str) -> bool:
     return header[:8] in (b"PAGEDU64", b"PAGEDUMP")
@@ -109,18 +101,19 @@ def _machine(source: ByteSource, header: _Header, name: str, named: List[Run]) -
     total = sum(length for _, length, _ in runs)
     lost = sum(length for _, length, _ in settle_runs(named)[0]) - total
     warnings = [f"the file is cut: {size_text(lost)} of {size_text(total + lost)} of memory are missing; reads of them fail"] if lost > 0 else []
-    cpus, more = _processors(source, header)
+    memory = RunMemory(source, runs)
+    cpus, context, more = _processors(source, header, memory)
     details = {"file size": size_text(source.size), "dump type": name, "processors": str(_number(source, header.processors)),
-               "directory table base": f"{_number(source, header.directory_table_base, header.word):#x}"}
+               "directory table base": f"{_number(source, header.directory_table_base, header.word):#x}", **context}
     bugcheck = _number(source, header.bugcheck)
-    if bugcheck not in (0, _UNFILLED_32):
+    if bugcheck not in _UNFILLED:
         width = 8 if header.word == "Q" else 4
         parameters = ", ".join(f"{_number(source, header.bugcheck_parameters + n * width, header.word):#x}" for n in range(4))
         details["bugcheck"] = f"{bugcheck:#x} ({parameters})"
     block = _number(source, header.debugger_data, header.word)
-    if block not in (0, _UNFILLED_32, _UNFILLED_64):
+    if block not in _UNFILLED:
         details["KdDebuggerDataBlock"] = f"{block:#x}"
-    return Machine(RunMemory(source, runs), os.path.basename(source.path), FORMAT,
+    return Machine(memory, os.path.basename(source.path), FORMAT,
                    f"Windows dump, {name}, {size_text(total)} in {count_text(len(runs), 'run')}", cpus, details, warnings + more)
 
 
@@ -179,44 +172,27 @@ def _checked_run(source: ByteSource, at: int, page: int, pages: int, offset: int
     return page * PAGE_SIZE, pages * PAGE_SIZE, offset
 
 
-def _processors(source: ByteSource, header: _Header) -> Tuple[List[Cpu], List[str]]:
-    """The one processor whose CONTEXT is in the header; the others' registers are in kernel memory only."""
-    if header.bits == 64:
-        (flags,) = source.unpack(struct.Struct("<I"), header.context + 0x30, "the CONTEXT")
-        registers = _context64(source, header.context, flags) if flags != _UNFILLED_32 and flags & _CONTEXT_AMD64 else {}
-    else:
-        (flags,) = source.unpack(struct.Struct("<I"), header.context, "the CONTEXT")
-        registers = _context32(source, header.context, flags) if flags != _UNFILLED_32 and flags & _CONTEXT_I386 else {}
-    registers["cr3"] = _number(source, header.directory_table_base, header.word)
-    warnings = []
-    if len(registers) == 1:
-        warnings.append("the header has no CONTEXT: of the registers only cr3 (the directory table base) is known")
+def _processors(source: ByteSource, header: _Header, memory: RunMemory) -> Tuple[List[Cpu], Dict[str, str], List[str]]:
+    """Every processor out of kernel memory; where that fails the one whose CONTEXT is in the header, which is the one that wrote the dump."""
+    base = _number(source, header.directory_table_base, header.word)
     count = _number(source, header.processors)
-    if count > 1:
-        warnings.append(f"{count} processors: the header has the registers of the one that wrote the dump only")
-    return [Cpu(0, registers, "dump header: CONTEXT, DirectoryTableBase")], warnings
-
-
-def _context64(source: ByteSource, at: int, flags: int) -> Dict[str, int]:
-    segments = source.unpack(struct.Struct("<6HI"), at + 0x38, "the CONTEXT")
-    debug = source.unpack(struct.Struct("<6Q"), at + 0x48, "the CONTEXT")
-    general = dict(zip(_CONTEXT64_GENERAL, source.unpack(struct.Struct("<17Q"), at + 0x78, "the CONTEXT")))
-    selectors = dict(zip(_CONTEXT64_SEGMENTS, segments))
-    control = {"rflags": segments[6], "rip": general.pop("rip"), "rsp": general.pop("rsp"),
-               "cs_selector": selectors.pop("cs_selector"), "ss_selector": selectors.pop("ss_selector")}
-    found: Dict[str, int] = {}
-    for bit, part in ((_CONTROL, control), (_INTEGER, general), (_SEGMENTS, selectors), (_DEBUG, dict(zip(_CONTEXT64_DEBUG, debug)))):
-        if flags & bit:
-            found.update(part)
-    return found
-
-
-def _context32(source: ByteSource, at: int, flags: int) -> Dict[str, int]:
-    values = dict(zip(_CONTEXT32_GENERAL, source.unpack(struct.Struct("<16I"), at + 0x8C, "the CONTEXT")))
-    control = ("rbp", "rip", "cs_selector", "rflags", "rsp", "ss_selector")
-    integer = ("rdi", "rsi", "rbx", "rdx", "rcx", "rax")
-    segments = ("gs_selector", "fs_selector", "es_selector", "ds_selector")
-    return {name: values[name] for bit, names in ((_CONTROL, control), (_INTEGER, integer), (_SEGMENTS, segments)) if flags & bit for name in names}
+    block = _number(source, header.debugger_data, header.word)
+    size = windows_context.CONTEXT64_SIZE if header.bits == 64 else windows_context.CONTEXT32_SIZE
+    context = bytes(source.slice(header.context, size))
+    crashed = windows_context.context64(context) if header.bits == 64 else windows_context.context32(context)
+    details = {"context of the header": ", ".join(f"{name} {crashed[name]:#x}" for name in ("rip", "rsp") if name in crashed) or "not filled"}
+    problem = "of 32-bit Windows only the header's registers are read"
+    if header.bits == 64:
+        found = windows_context.processors_of_kernel(memory, base, block, count)
+        if found.cpus:
+            return found.cpus, details, [found.problem] if found.problem else []
+        problem = found.problem
+    warnings = []
+    if not crashed:
+        warnings.append(f"of the registers only cr3 (the directory table base) is known: the header has no CONTEXT, and {problem}")
+    elif count != 1:
+        warnings.append(f"{count} processors: the registers are those of the one that wrote the dump; {problem}")
+    return [Cpu(0, {**crashed, "cr3": base}, "dump header: CONTEXT, DirectoryTableBase")], details, warnings
 
 
 def _number(source: ByteSource, offset: int, word: str = "I") -> int:
