@@ -8,7 +8,7 @@ import struct
 from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from support.vmxcpu import MODES, Case, Worker
-from support.vmxcpu.places import FREE, IO_BITMAP_A, LINK, MSR_BITMAP, VIRTUAL_APIC, VMCS
+from support.vmxcpu.places import FREE, IO_BITMAP_A, LINK, MSR_BITMAP, PML4, VIRTUAL_APIC, VMCS
 from vtdbg.memory.base import PhysicalMemory, Range
 from vtdbg.vmx.capabilities import VmxCapabilities
 
@@ -400,7 +400,7 @@ def generate(rng: random.Random, worker: Worker) -> Tuple[str, Case]:
     if values[0x2800] in (LINK, FREE) and rng.random() < 0.7:
         header = rng.choice((worker.revision, worker.revision | 1 << 31, worker.revision + 1))
         memory[values[0x2800]] = struct.pack("<I", header)
-    if mode == "PAE" and rng.random() < 0.15:
+    if mode == "PAE" and values[0x6802] & ~0xFFF != PML4 and rng.random() < 0.15:
         memory[(values[0x6802] & 0xFFFFF000) + 8 * rng.randrange(4)] = struct.pack("<Q", rng.choice((0, 0x3003, 0x3001, 0x3E01, 0x3021, 1 << 40 | 1)))
     if values[0x401C] and rng.random() < 0.5:
         memory[VIRTUAL_APIC + 0x80] = bytes([rng.choice((0, 0x10, 0x30, 0xF0))])
