@@ -323,7 +323,7 @@ def test_nmi_delivered_again_needs_its_blocking_cleared() -> None:
     assert any(text.startswith("clear blocking by NMI") for text in texts(explanation, "shadow"))
 
 
-@pytest.mark.parametrize("info", [0x80000100, 0x80000206 | 1, 0x80000301 | 0xFF, 0x80000604 | 8, 0x80000E03, 0x8000B306])
+@pytest.mark.parametrize("info", [0x80000703, 0x80000100, 0x80000206 | 1, 0x80000301 | 0xFF, 0x80000604 | 8, 0x80000E03, 0x8000B306])
 def test_impossible_events_are_not_injected(info: int) -> None:
     """Reserved type, NMI with another vector, an exception above 31, a software exception that is neither #BP nor #OF, an error code
     for a software exception, reserved bits."""
@@ -557,4 +557,5 @@ def test_printing() -> None:
     assert lines[0].startswith("EPT_VIOLATION (EPT violation): write at a linear address, guest-physical 0x5000")
     assert len(lines) == 1 + len(explanation.facts) + len(explanation.stale) + len(explanation.advice) + len(explanation.notes)
     assert "  guest-physical address:  0x5000" in lines
+    assert str(vtdbg.explain_vm_exit("0x80000021", 0)).splitlines()[2] == "  VM-entry failure:  0x1  1"
     assert str(vtdbg.explain_vmcs(Vmcs.from_values({"VM_EXIT_REASON": 12}))).startswith("HLT (HLT)")

@@ -21,8 +21,9 @@ intercept that made this exit.  avoid: how not to get it.  emulate: what the han
 class Fact:
     """One decoded number of the exit.
 
-    `value` is None where it is unknown.  `group` is the field that it is a part of ("EXIT_QUALIFICATION", "EXITINFO1"); `source` says where
-    the number is from ("VMCB offset 0x78", "given value"); `warning` is set where the number cannot be believed or is impossible.
+    `value` is None where it is unknown; `numeric` is False for a fact that is words alone, with no number to know.  `group` is the field
+    that it is a part of ("EXIT_QUALIFICATION", "EXITINFO1"); `source` says where the number is from ("VMCB offset 0x78", "given value");
+    `warning` is set where the number cannot be believed or is impossible.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Fact:
     source: str = ""
     warning: str = ""
     group: str = ""
+    numeric: bool = True
 
 
 @dataclass(frozen=True)

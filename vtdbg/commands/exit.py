@@ -226,7 +226,8 @@ def _facts(key: str, facts: "tuple[Fact, ...]", title: str, dim: bool = False) -
     for fact in facts:
         style = "bad" if fact.warning else "dim" if dim else ""
         meaning = "; ".join(part for part in (_meaning(fact), fact.warning) if part)
-        table.add(text(fact.label, style), hexa(fact.value, style=style), Value(fact.meaning, meaning, style), fact.group, fact.source, fact.warning)
+        number = hexa(fact.value, style=style) if fact.numeric else Value(None, "")
+        table.add(text(fact.label, style), number, Value(fact.meaning, meaning, style), fact.group, fact.source, fact.warning)
     return table
 
 

@@ -70,6 +70,8 @@ def _problems(table: str, value: int, vector: int, kind: int) -> List[str]:
         found.append("a privileged software exception is #DB (1), by INT1")
     if kind == SOFTWARE_INTERRUPT and table == "exit_int_info":
         found.append("INT n never exits by itself: a software interrupt only occurs in the IDT-vectoring information")
+    if kind == OTHER and vector > 2:
+        found.append("other events are the pending MTF VM exit (0), and with FRED SYSCALL (1) and SYSENTER (2)")
     if value & ERROR_CODE:
         row = vectors.vector(vector)
         if kind != HARDWARE:

@@ -90,3 +90,11 @@ def find(name: Union[int, str]) -> ExitReason:
     if found is None:
         raise UnknownName("VM-exit reason", name)
     return found
+
+
+def reason_word(text: str) -> int:
+    """An exit-reason word as people write it: a number with its flags ("0x80000021"), or a name."""
+    try:
+        return int(text.strip(), 0)
+    except ValueError:
+        return find(text).number

@@ -13,7 +13,7 @@ from vtdbg.explain import Advice, Explanation, Fact, bit_facts, unique
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.vmx import advice, causes, events, guest_code, inputs, instruction_info, nested_walk, operands, qualification
 from vtdbg.vmx.events import Event
-from vtdbg.vmx.exit_reasons import ExitReason, NumberedError, aborts, find, instruction_errors, reasons
+from vtdbg.vmx.exit_reasons import ExitReason, NumberedError, aborts, find, instruction_errors, reason_word, reasons
 from vtdbg.vmx.guest import Guest
 from vtdbg.vmx.guest_code import Code
 from vtdbg.vmx.instruction_info import InstructionInfo
@@ -46,7 +46,7 @@ def explain_vm_exit(reason: Union[int, str, None] = None, qualification: Optiona
     memory, read through `eptp` or the VMCS's EPTP and the guest's paging.  Raises UsageError without any reason, UnknownName for a name
     that nobody knows, FormatError for a number that does not fit into its VMCS field.
     """
-    word = find(reason).number if isinstance(reason, str) else reason
+    word = reason_word(reason) if isinstance(reason, str) else reason
     given = {"VM_EXIT_REASON": word, "EXIT_QUALIFICATION": qualification, "VMX_INSTRUCTION_INFO": instruction_info,
              "VM_EXIT_INTR_INFO": interruption_info, "VM_EXIT_INTR_ERROR_CODE": error_code, "IDT_VECTORING_INFO_FIELD": idt_vectoring_info,
              "IDT_VECTORING_ERROR_CODE": idt_vectoring_error_code, "VM_EXIT_INSTRUCTION_LEN": instruction_length,
@@ -245,13 +245,13 @@ class _Explainer:
         if isinstance(found, RegisterOperand):
             yield Fact("operand", found.value, found.text, group=group)
         elif isinstance(found, MemoryOperand):
-            yield Fact("operand", None, found.text + (f", {found.size} bytes" if found.size else ""), group=group)
+            yield Fact("operand", None, found.text + (f", {found.size} bytes" if found.size else ""), group=group, numeric=False)
             if found.effective is not None:
                 yield Fact("effective address", found.effective, group=group)
             if found.linear is not None:
                 yield Fact("linear address", found.linear, group=group)
             else:
-                yield Fact("linear address", None, f"unknown: {found.missing}", group=group)
+                yield Fact("linear address", None, found.missing, group=group)
             written = self.vmcs.get("GUEST_LINEAR_ADDRESS")
             if self.number == 30 and written is not None and found.linear is not None and written != found.linear:
                 self.notes.append(f"GUEST_LINEAR_ADDRESS is {written:#x}: the registers given are not those of the exit, or the segment is unusable")
@@ -301,8 +301,7 @@ class _Explainer:
             return
         error = self.vmcs.get("VM_EXIT_INTR_ERROR_CODE")
         if self.event is not None:
-            for fact in events.facts(self.event, error, self.source("VM_EXIT_INTR_INFO")):
-                yield fact
+            yield from events.facts(self.event, error, self.source("VM_EXIT_INTR_INFO"))
             for problem in self._event_problems(self.event):
                 yield Fact("interruption", self.event.value, "", self.source("VM_EXIT_INTR_INFO"), problem, "VM_EXIT_INTR_INFO")
         elif self.number == 0:

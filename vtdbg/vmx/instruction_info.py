@@ -142,17 +142,17 @@ def operand(info: InstructionInfo, displacement: Optional[int], guest: Guest) ->
 
 def facts(info: InstructionInfo, guest: Guest, source: str = "") -> List[Fact]:
     """What the word says, in words; parts that the manual leaves undefined for this form are left out."""
-    found = [Fact("instruction", None, info.mnemonic, source, group=GROUP)] if info.mnemonic else []
+    found = [Fact("instruction", None, info.mnemonic, source, group=GROUP, numeric=False)] if info.mnemonic else []
     width = (info.operand_size or 8) * 8
     if info.reg1 and info.table != "ii_loadiwkey":
         found.append(_register_fact("register operand", info.reg1, width, guest, source))
     elif info.reg1:
-        found.append(Fact("first register", None, info.reg1, source, group=GROUP))
+        found.append(Fact("first register", None, info.reg1, source, group=GROUP, numeric=False))
     if info.reg2:
         label = bits.table(info.table)["REG2"].name
         found.append(_register_fact(label, info.reg2, 64, guest, source))
     if info.in_register is False:
-        found.append(Fact("segment", None, info.segment or "?", source, group=GROUP))
+        found.append(Fact("segment", None, info.segment or "?", source, group=GROUP, numeric=False))
         found.append(Fact("address size", info.address_size, f"{info.address_size}-bit" if info.address_size else "?", source, group=GROUP))
         if info.base:
             found.append(_register_fact("base register", info.base, 64, guest, source))

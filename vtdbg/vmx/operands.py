@@ -28,7 +28,7 @@ def type_facts(info: InstructionInfo, guest: Guest) -> Iterator[Fact]:
         return
     value = guest.register(info.reg2)
     if value is None:
-        yield Fact("selected by register", None, f"unknown: needs {info.reg2}", group=GROUP)
+        yield Fact("selected by register", None, f"needs {info.reg2}", group=GROUP)
     elif info.mnemonic in ("VMREAD", "VMWRITE"):
         known = vmcs_fields.get(value)
         if known is None:
