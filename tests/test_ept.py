@@ -140,6 +140,42 @@ def test_a_guests_memory_reads_as_its_pages(machine: Any, intel_plain_truth: Dic
     assert "misconfigured" in str(error.value)
 
 
+class Changed(vtdbg.PhysicalMemory):
+    """Memory with other bytes at one place."""
+
+    def __init__(self, memory: vtdbg.PhysicalMemory, at: int, data: bytes) -> None:
+        self._memory, self._at, self._data = memory, at, data
+
+    def ranges(self) -> Any:
+        return self._memory.ranges()
+
+    def read(self, address: int, size: int) -> bytes:
+        data = bytearray(self._memory.read(address, size))
+        for offset, byte in enumerate(self._data, self._at - address):
+            if 0 <= offset < size:
+                data[offset] = byte
+        return bytes(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(level=st.integers(0, 3), entry=st.integers(0, 511), value=st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0x6851907, 0x6850987])),
+       data=st.data())
+def test_a_changed_entry_of_a_real_ept_is_walked_and_listed_without_a_traceback(level: int, entry: int, value: int, data: st.DataObject,
+                                                                                 machine: Any) -> None:
+    """Any of the tables on the way to 0x1000 with one entry of any value (or one that references the tables themselves)."""
+    eptp = eptp_of(machine, VMS["A"])
+    table = (vtdbg.ept_walk(machine, eptp, 0x1000).steps[level].address or 0) & -K4
+    memory = Changed(machine, table + entry * 8, struct.pack("<Q", value))
+    rows = Enumeration(memory, Ept(eptp), limit=3000)
+    listed = list(rows)
+    assert rows.complete or rows.problems[-1].kind == "limit"
+    for row in data.draw(st.lists(st.sampled_from(listed), max_size=3)) if listed else ():
+        assert vtdbg.ept_walk(memory, eptp, row.start).maps_to == row.target
+    gpa = entry << 12 + 9 * (3 - level)
+    walk = vtdbg.ept_walk(memory, eptp, gpa, "r")
+    assert walk.outcome in ("mapped", "violation", "misconfiguration", "unreadable") and bool(walk.reason) == (not walk.mapped)
+
+
 # ---- the manual's rules -------------------------------------------------------------------------------------------------------------
 
 def one_page(leaf: int, size: int = K4, table: int = 7, gpa: int = 0x40000000) -> Tuple[vtdbg.PhysicalMemory, int]:
@@ -415,7 +451,7 @@ def test_thousands_of_random_entries_do_what_a_processor_model_does(vmx_worker: 
     caps = vtdbg.VmxCapabilities.from_msrs(dict(worker.msrs), physical_address_width=worker.physical_address_width)
     random = Random(20261122)
     plans, cases = [], []
-    for _ in range(4000):
+    for _ in range(3000):
         entries, eptp, access, through_table, bit_12 = _case(random)
         # Either the linear address leads to the page under test, or a guest page directory lies in it and is read on the way.
         pdpte = (GPA + TARGET) | 0x67 if through_table else GPA | 0xE7

@@ -128,6 +128,18 @@ def test_with_accessed_flags_the_guests_tables_have_to_be_writable() -> None:
     assert (found.outcome, found.qualification) == ("violation", 3 | 0b101 << 3 | 1 << 7)
 
 
+def test_flags_that_the_processor_cannot_set_in_the_guests_tables_are_noted() -> None:
+    """Accessed and dirty flags are written by the processor: with the guest's tables read-only in the EPT, an entry without A is trouble."""
+    memory, cr3, eptp = two_dimensions(guest_leaf=0x7007, table_rights=5)
+    [note] = vtdbg.translate(memory, 0x40000000, cr3=cr3, eptp=eptp, access="w").notes
+    assert "set A and D in the guest's level 1 PTE" in note
+    [note] = vtdbg.translate(memory, 0x40000000, cr3=cr3, eptp=eptp, access="r").notes
+    assert "set A in the guest's level 1 PTE" in note
+    assert not vtdbg.translate(memory, 0x40000000, cr3=cr3, eptp=eptp).notes
+    memory, cr3, eptp = two_dimensions(guest_leaf=0x7007)
+    assert not vtdbg.translate(memory, 0x40000000, cr3=cr3, eptp=eptp, access="w").notes
+
+
 def test_permissions_are_those_of_both_dimensions() -> None:
     memory, cr3, eptp = two_dimensions(nested=0x35)
     found = vtdbg.translate(memory, 0x40000000, cr3=cr3, eptp=eptp, paging="4-level", access="w")

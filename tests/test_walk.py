@@ -276,6 +276,33 @@ def test_page_sizes_are_kept_apart_unless_told_otherwise() -> None:
     assert [(row.page_size, row.length) for row in ranges(memory, ept, ignore_page_size=True)] == [(K4, 2 * M2)]
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_32_bit_tables_are_listed_as_they_are_walked(seed: int) -> None:
+    """Entries of four bytes, 1024 to a table, 4 MiB pages beyond 4 GiB (PSE-36), in a window of random tables."""
+    random = Random(seed)
+    directory = [random.choice([0, 0x2007, 0x3025, random.getrandbits(32), random.getrandbits(10) << 22 | 0x87 | random.getrandbits(8) << 13])
+                 for _ in range(1024)]
+    regular = [0x00ABC007 + (index << 12) for index in range(1024)]
+    mixed = [random.choice([0, 0x5007 + (index << 12), random.getrandbits(32)]) for index in range(1024)]
+    memory = vtdbg.memory_from_segments([(0x1000, struct.pack("<1024I", *directory)), (0x2000, struct.pack("<1024I", *regular)),
+                                         (0x3000, struct.pack("<1024I", *mixed))])
+    paging = Paging("32-bit", 0x1000, pse=True, width=40)
+    first = random.randrange(1 << 8) << 22
+    rows = Enumeration(memory, paging, first, first + (8 << 22) - 1)
+    listed = {row.start + step: (row.target + step, row.page_size, row.permissions, row.memory_type)
+              for row in rows for step in range(0, row.length, row.page_size)}
+    for address in range(first, first + (8 << 22), K4):
+        walk = paging.walk(memory, address)
+        known = listed.get(address) or listed.get(address & -(1 << 22))
+        if walk.maps_to is None:
+            assert known is None or known[1] == K4 and address not in listed
+        else:
+            assert known is not None and walk.page_size is not None
+            offset = address & walk.page_size - 1
+            assert (walk.maps_to - offset, walk.page_size, walk.permissions, walk.memory_type) == known
+
+
 def test_upper_half_addresses_are_listed_as_they_are_used() -> None:
     builder = TableBuilder(rights=7)
     builder.map(0x800000000000, 0x7000, K4, 7, 7)

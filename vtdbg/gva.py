@@ -14,7 +14,7 @@ from vtdbg.errors import MemoryUnavailable, UsageError
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.svm.npt import Npt
-from vtdbg.vmx.ept import Ept, EptCapabilities
+from vtdbg.vmx.ept import Ept, EptCapabilities, ept_for
 from vtdbg.walk import Access, AccessLike, Fetched, Permissions, Step, Structure, Walk, check_address, parse_access, where
 from vtdbg.x86.paging import Paging
 
@@ -37,6 +37,7 @@ class Translation:
     reason: str = ""
     fault: Optional[Walk] = None
     nested_structure: str = ""
+    notes: Tuple[str, ...] = ()
 
     @property
     def mapped(self) -> bool:
@@ -157,7 +158,8 @@ def translate(machine: Union[Machine, PhysicalMemory], gva: int, cr3: Optional[i
         return Translation(gva, guest, None, guest.outcome, guest.reason, guest, structure)
     final = tables.walk(memory, guest.hpa, wanted)
     final = _advanced(final, guest, tables, caps)
-    return Translation(gva, guest, final, final.outcome, final.reason, None if final.mapped else final, final.structure)
+    return Translation(gva, guest, final, final.outcome, final.reason, None if final.mapped else final, final.structure,
+                       _flag_updates(guest, wanted) + final.notes)
 
 
 class _Refuses:
@@ -175,7 +177,7 @@ def _nested_tables(eptp: Optional[int], ncr3: Optional[int], nested: Optional[St
     if sum(item is not None for item in (eptp, ncr3, nested)) > 1:
         raise UsageError("give one of eptp, ncr3 and nested")
     if eptp is not None:
-        return Ept(check_address(eptp, "EPTP"), caps)
+        return ept_for(check_address(eptp, "EPTP"), caps)
     if ncr3 is not None:
         return Npt(check_address(ncr3, "nCR3"), width=caps.physical_address_width if caps is not None else None)
     return nested
@@ -194,6 +196,22 @@ def _paging(machine: Union[Machine, PhysicalMemory], cr3: Optional[int], paging:
     if registers is not None and registers.get("cr4") is not None:
         return Paging.from_registers(registers.get("cr0"), root, registers.get("cr4"), registers.get("efer"), pat=registers.get("pat"))
     return replace(Paging.named("4-level", root), unknown=("paging mode not given: 4-level taken",))
+
+
+def _flag_updates(guest: Walk, access: Optional[Access]) -> Tuple[str, ...]:
+    """What the processor writes to the guest's tables on the way, where the nested tables do not let it: it sets A in the entries that it
+    uses, and D in the leaf for a write (SDM vol. 3, Accessed and Dirty Flags; EPT Violations)."""
+    notes = []
+    for step in guest.steps if access is not None else ():
+        if step.nested is None or step.entry is None or "w" in step.nested.permissions:
+            continue
+        idents = step.table.idents()
+        flags = [flag for flag, needed in (("A", True), ("D", access is not None and access.write and step.leaf))
+                 if needed and flag in idents and not step.table.test(step.entry, flag)]
+        if flags:
+            notes.append(f"the processor has to set {' and '.join(flags)} in the guest's {where(step)}, whose page the nested tables do not let it "
+                         "write: a violation")
+    return tuple(notes)
 
 
 def _advanced(final: Walk, guest: Walk, tables: Structure, caps: Optional[EptCapabilities]) -> Walk:

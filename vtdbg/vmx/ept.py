@@ -335,8 +335,14 @@ def ept_walk(memory: PhysicalMemory, eptp: int, gpa: int, access: AccessLike = N
     Source: SDM vol. 3, The Extended Page Table Mechanism (EPT).
     """
     check_address(eptp, "EPTP")
+    return ept_for(eptp, caps, mbec=mbec, paging_write=paging_write, spp=spp, verify_paging=verify_paging).walk(memory, gpa, access)
+
+
+def ept_for(eptp: int, caps: Optional[EptCapabilities] = None, *, mbec: bool = False, paging_write: bool = False, spp: bool = False,
+            verify_paging: bool = False) -> Ept:
+    """`Ept` for these values; what depends on the pointer and the processor only is worked out once for many walks."""
     known = _Known(None, None) if caps is None else _Known(caps.physical_address_width, caps.ept_vpid_cap)
-    return _ept(eptp, known, mbec, paging_write, spp, verify_paging).walk(memory, gpa, access)
+    return _ept(eptp, known, mbec, paging_write, spp, verify_paging)
 
 
 class _Known(NamedTuple):
@@ -348,5 +354,4 @@ class _Known(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _ept(eptp: int, caps: _Known, mbec: bool, paging_write: bool, spp: bool, verify_paging: bool) -> Ept:
-    """Walks of one EPT come in numbers; what depends on the pointer and the processor only is worked out once."""
     return Ept(eptp, caps, mbec, paging_write, spp, verify_paging)
