@@ -169,7 +169,8 @@ def test_registers_of_all_windows_processors_are_what_dbgeng_shows(tmp_path: Pat
         shown = (DATA / "kdbg.dbgeng.txt").read_text().split("kd> ~1s")
         assert [cpu.index for cpu in machine.cpus] == [0, 1] and machine.warnings == []
         for cpu, text in zip(machine.cpus, shown):
-            values = {names.get(name, name): int(value, 16) for name, value in re.findall(r"\b(?!iopl)([a-z]\w{1,3})=([0-9a-f]+)", text.split("kd> d")[0])}
+            pairs = re.findall(r"\b(?!iopl)([a-z]\w{1,3})=([0-9a-f]+)", text.split("kd> d")[0])
+            values = {names.get(name, name): int(value, 16) for name, value in pairs}
             assert len(values) == 17 + 1 + 6 + 11
             assert {name: cpu.get(name) for name in values} == values
         assert machine.cpus[0].get("cr2") != machine.cpus[1].get("cr2")
