@@ -246,6 +246,29 @@ def test_paging_of_a_vmcs() -> None:
         Paging.from_vmcs(vtdbg.Vmcs.from_values({"GUEST_RIP": 0}))
 
 
+def test_hlat_paging_translates_until_an_entry_says_restart() -> None:
+    """Addresses whose upper bits are all 1 go through the HLAT tables; bit 11 (R) of a present entry there leads back to CR3's."""
+    upper = 0xFFFF800000000000
+    builder = TableBuilder(rights=7)
+    builder.map(upper & (1 << 48) - 1, 0x7000, K4, 7, 7)
+    builder.map(upper + K4 & (1 << 48) - 1, 0x8000, K4, 0x805, 7)
+    hlat = builder.root
+    ordinary = TableBuilder(base=0x80000, rights=7)
+    ordinary.map(upper + K4 & (1 << 48) - 1, 0x9000, K4, 7, 7)
+    ordinary.map(0x1000, 0xA000, K4, 0x807, 7)
+    memory = vtdbg.memory_from_segments([(at, bytes(page)) for tables in (builder, ordinary) for at, page in tables.pages.items()])
+    paging = Paging("4-level", ordinary.root, wp=True, nxe=True, hlatp=hlat, hlat_prefix=1)
+    walk = paging.walk(memory, upper, "r")
+    assert (walk.hpa, walk.structure) == (0x7000, "HLAT, 4-level paging")
+    walk = paging.walk(memory, upper + K4, "r")
+    assert (walk.hpa, walk.structure) == (0x9000, "4-level paging") and "restart" in walk.notes[0]
+    assert paging.walk(memory, 0x1000).hpa == 0xA000, "bit 11 is ignored by ordinary paging, and the lower half is not HLAT's"
+    assert paging.walk(memory, upper + 2 * K4, "user w").qualification == 1 << 7 | 0b110
+    controls = {"CPU_BASED_VM_EXEC_CONTROL": 1 << 17, "TERTIARY_VM_EXEC_CONTROL": 2, "HLATP": hlat, "HLAT_PREFIX_SIZE": 1, "GUEST_CR0": 0x80050033,
+                "GUEST_CR3": ordinary.root, "GUEST_CR4": 0x6E0, "VM_ENTRY_CONTROLS": 1 << 9}
+    assert Paging.from_vmcs(vtdbg.Vmcs.from_values(controls)).walk(memory, upper).hpa == 0x7000
+
+
 @pytest.mark.parametrize("name, mode", [("4-level", "4-level"), ("4level", "4-level"), ("LONG", "4-level"), ("pae", "PAE"), ("la57", "5-level"),
                                         ("32bit", "32-bit"), ("legacy", "32-bit"), ("off", "none")])
 def test_modes_by_name(name: str, mode: str) -> None:

@@ -36,6 +36,7 @@ from vtdbg.walk import (
     memory_type_of,
     parse_access,
     reason_of,
+    where,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Paging:
     A bit that is None is unknown: what is taken instead is said in the walk's `assumptions` where it matters (WP and NXE as 1, the others
     as 0).  `pdptes` are PAE's four entries where the processor keeps them in registers (the VMCS has them under EPT); without them they are
     read from memory at CR3.  `width` is MAXPHYADDR of the processor that does the paging (the virtual one of a guest), None unknown.
+    `hlatp` and `hlat_prefix` are HLAT paging's root pointer and prefix size (VMCS fields of these names), None without HLAT.
     """
 
     mode: str
@@ -125,6 +127,8 @@ class Paging:
     pkrs: Optional[int] = None
     pat: Optional[int] = None
     unknown: Tuple[str, ...] = ()
+    hlatp: Optional[int] = None
+    hlat_prefix: int = 0
 
     @classmethod
     def named(cls, mode: str, cr3: int, **known: Optional[bool]) -> "Paging":
@@ -158,9 +162,12 @@ class Paging:
         loaded = control(vmcs, "entry", "LOAD_IA32_EFER")
         pdptes = tuple(vmcs.get(f"GUEST_PDPTR{index}") for index in range(4))
         registers = pdptes if control(vmcs, "sec", "EPT") and None not in pdptes else None
-        return cls.from_registers(vmcs.get("GUEST_CR0"), cr3, vmcs.get("GUEST_CR4"), vmcs.get("GUEST_IA32_EFER") if loaded else None,
-                                  long_mode=control(vmcs, "entry", "IA32E_MODE"), pdptes=registers,  # type: ignore[arg-type]
-                                  width=width, pat=vmcs.get("GUEST_IA32_PAT"))
+        paging = cls.from_registers(vmcs.get("GUEST_CR0"), cr3, vmcs.get("GUEST_CR4"), vmcs.get("GUEST_IA32_EFER") if loaded else None,
+                                    long_mode=control(vmcs, "entry", "IA32E_MODE"), pdptes=registers,  # type: ignore[arg-type]
+                                    width=width, pat=vmcs.get("GUEST_IA32_PAT"))
+        if control(vmcs, "tert", "HLAT"):
+            return replace(paging, hlatp=vmcs.get("HLATP"), hlat_prefix=vmcs.get("HLAT_PREFIX_SIZE") or 0)
+        return paging
 
     def with_cr3(self, cr3: int) -> "Paging":
         """The same mode with another root."""
@@ -228,13 +235,34 @@ class Paging:
         if self.linear_bits != 32 and not canonical(address, self.linear_bits):
             reason = f"linear address {address:#x} is not canonical ({self.linear_bits} bits): #GP, no page fault"
             return self._without_tables(address, "violation", reason, wanted)
-        found = descend(source or MemorySource(memory), self.tables, self.root, address, "guest", self.pdptes)
-        return self._judge(found, wanted)
+        entries = source or MemorySource(memory)
+        restarted: Tuple[str, ...] = ()
+        if self._in_hlat(address):
+            found = descend(entries, self._hlat_tables, (self.hlatp or 0) & ROOT_MASKS[self.mode], address, "guest")
+            restart = next((step for step in found.steps if step.present and not step.broken and step.table.test(step.entry or 0, "R")), None)
+            if restart is None:
+                return self._judge(found, wanted, hlat=True)
+            restarted = (f"HLAT paging was left at {where(restart)} (restart, bit 11): ordinary paging translates the address",)
+        walk = self._judge(descend(entries, self.tables, self.root, address, "guest", self.pdptes), wanted)
+        return replace(walk, notes=restarted + walk.notes) if restarted else walk
+
+    def _in_hlat(self, address: int) -> bool:
+        """Does HLAT paging translate the address: are its upper `hlat_prefix` bits all 1 (SDM vol. 3, HLAT Paging)?"""
+        if self.hlatp is None or self.mode not in ("4-level", "5-level"):
+            return False
+        return not self.hlat_prefix or address >> 64 - self.hlat_prefix == (1 << self.hlat_prefix) - 1
+
+    @cached_property
+    def _hlat_tables(self) -> Tables:
+        spec, top = MODES[self.mode]
+        assert spec is not None
+        known = features(self.nxe, self.pse, keys=self.pke is not False or self.pks is not False)
+        return compile_tables(spec, top, self.width or MAXPHYADDR, known | {"hlat"})
 
     def _without_tables(self, address: int, outcome: str, reason: str, access: Optional[Access]) -> Walk:
         return Walk("guest", self.title, self.root, address, (), outcome, reason, access, assumptions=self.assumptions)
 
-    def _judge(self, found: Descent, access: Optional[Access]) -> Walk:
+    def _judge(self, found: Descent, access: Optional[Access], *, hlat: bool = False) -> Walk:
         outcome = _OUTCOMES[found.end]
         reason, memory_type, code, assumed = "", None, None, self.assumptions
         if found.end == "leaf":
@@ -247,7 +275,10 @@ class Paging:
             reason = reason_of(found, broken="has a reserved bit set")
             if access is not None and outcome != "unreadable":
                 code = error_code(self, access, present=found.end == "misconfigured", reserved=found.end == "misconfigured")
-        return Walk("guest", self.title, found.root, found.address, found.steps, outcome, reason, access, found.maps_to, found.page_size,
+        if hlat and code is not None:
+            code |= bits.table("pfec")["HLAT"].mask
+        title = f"HLAT, {self.title}" if hlat else self.title
+        return Walk("guest", title, found.root, found.address, found.steps, outcome, reason, access, found.maps_to, found.page_size,
                     found.permissions, memory_type, code, None if outcome == "mapped" else found.hole, found.last.broken,
                     (), assumed)
 
