@@ -63,6 +63,7 @@ def rows() -> List[Row]:
         Row("lint.stack.close", {"HOST_RSP": 0x92000, "GUEST_RSP": 0x91000}), Row("lint.host_gs.shared", {"HOST_GS_BASE": 0xFFFFF78000000000},
                                                                                     setup={"GUEST_GS_BASE": 0xFFFFF78000000000}),
         Row("lint.host_gs.user", {"HOST_GS_BASE": 0x7FF600000000}, setup={"HOST_RIP": 0xFFFFF80000001000}),
+        Row("lint.host_fs.zero", {"HOST_FS_BASE": 0}, mode="PAE", host="PAE", setup={"HOST_FS_SELECTOR": 0x30, "HOST_FS_BASE": 0x1000}),
         Row("lint.host_gdtr.limit", {"GUEST_GDTR_LIMIT": 0x57}, setup={"HOST_GDTR_BASE": 0x7000}),
         Row("lint.host_tr.limit", {"GUEST_TR_LIMIT": 0x20AB}, setup={"HOST_TR_BASE": 0xA000}),
         Row("lint.cr4.vmxe", {"CR4_GUEST_HOST_MASK": 0}), Row("lint.cr0.ne", {"CR0_GUEST_HOST_MASK": 0x80000000}),

@@ -14,7 +14,7 @@ from vtdbg.vmx.entry import formats, msr_load
 from vtdbg.vmx.entry.controls import MISC
 from vtdbg.vmx.entry.formats import LME
 from vtdbg.vmx.entry.guest_segments import UNUSABLE, VIRTUAL_8086, L
-from vtdbg.vmx.entry.host_state import HOST_64
+from vtdbg.vmx.entry.host_state import HOST_32, HOST_64
 from vtdbg.vmx.entry.rules import EFER_MSR, Gate, Missing, Rule, RuleBook, State, all_of, any_of, mask_of, on
 
 controls = RuleBook("controls", "SDM vol. 3, VM-Execution Control Fields", (), "lint")
@@ -258,6 +258,16 @@ def _host_gs_user(state: State) -> Optional[str]:
     if base and not base >> 47 and state["HOST_RIP"] >> 47:
         return f"HOST_GS_BASE {base:#x} is in the lower half while HOST_RIP {state['HOST_RIP']:#x} is in the upper: taken from IA32_KERNEL_GS_BASE?"
     return None
+
+
+@host.rule("lint.host_fs.zero", "", "a 32-bit host with an FS selector has an FS base", "HOST_FS_BASE", "HOST_FS_SELECTOR", "VM_EXIT_CONTROLS",
+           see=SEE_HOST_SEGMENTS, when=all_of(HOST_32, lambda state: state["HOST_FS_SELECTOR"] != 0),
+           hint="write the base of the descriptor, or reload FS first thing in the exit handler")
+def _host_fs_zero(state: State) -> Optional[str]:
+    if state["HOST_FS_BASE"]:
+        return None
+    return f"HOST_FS_BASE is 0 while HOST_FS_SELECTOR is {state['HOST_FS_SELECTOR']:#x}: a VM exit takes the base from the VMCS, " \
+           "and a 32-bit Windows kernel finds its processor block through FS"
 
 
 @host.rule("lint.host_gdtr.limit", "", "the host's descriptor-table limits are the guest's 0xffff", "HOST_GDTR_BASE", "GUEST_GDTR_BASE",
