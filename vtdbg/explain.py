@@ -48,7 +48,7 @@ class Advice:
 class Explanation:
     """An exit in words.
 
-    `kind` is "vmx" or "svm", `code` the basic exit reason or EXITCODE, `name` the kernel's identifier ("EPT_VIOLATION", "npf"), `title` the
+    `kind` is "vmx" or "svm", `code` the basic exit reason or EXITCODE, `name` the kernel's identifier ("EPT_VIOLATION", "NPF"), `title` the
     manual's words.  `known` is False for a code in no table.  `stale` lists values that exist and are not of this exit, with why.
     `summary` is one sentence; `operand` and `instruction` are None where there is none or nothing to find it with (a note says which).
     """
