@@ -123,7 +123,8 @@ class Mistake:
 MISTAKES_64: Sequence[Mistake] = (
     Mistake("exit controls adjusted from 0, without host address-space size", {"VM_EXIT_CONTROLS": 0x36DFB}, ("VMfailValid", 8),
             ["host.size.long", "host.size.guest", "host.size.rip"], "bit 9"),
-    Mistake("entry controls adjusted from 0, without IA-32e mode guest", {"VM_ENTRY_CONTROLS": 0x11FB}, ("entry-failure", 33, 0), ["guest.rip.high", "guest.pdptes"]),
+    Mistake("entry controls adjusted from 0, without IA-32e mode guest", {"VM_ENTRY_CONTROLS": 0x11FB}, ("entry-failure", 33, 0),
+            ["guest.rip.high", "guest.pdptes"]),
     Mistake("host selectors as read, with their RPL", {"HOST_DS_SELECTOR": 0x2B, "HOST_ES_SELECTOR": 0x2B, "HOST_FS_SELECTOR": 0x53,
                                                        "HOST_GS_SELECTOR": 0x2B},
             ("VMfailValid", 8), ["host.ds.selector", "host.es.selector", "host.fs.selector", "host.gs.selector"], "0xf8"),

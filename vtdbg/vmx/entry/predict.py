@@ -76,8 +76,9 @@ def predict_vm_entry(vmcs: Vmcs, caps: Optional[VmxCapabilities] = None, memory:
     ('entry-failure', 33, qualification) for guest state: 0, 2 PDPTE, 3 NMI, 4 link pointer; ('entry-failure', 34, entry number) for the
     MSR-load area.  Where checks are undecided that can change the answer: ('undecided', the outcome if they pass, (missing inputs...)).
 
-    The manual lets a processor make its checks in any order inside a group: where several guest-state checks with different
-    qualifications fail, the qualification is that of the first in the manual's order.
+    The manual lets a processor check controls and host state in any order, and guest state too: where both 7 and 8 apply the processor may
+    report either (Bochs and KVM report 7), and where guest-state checks with different qualifications fail, any of them; the answer here
+    is the first in the manual's order.
     """
     state = State(vmcs, caps, memory, vmcs_address=vmcs_address, host_long_mode=host_long_mode, in_smm=in_smm, instruction=instruction)
     missing: List[str] = []
