@@ -1,6 +1,6 @@
 """All of a paging structure at once: merged ranges, or every leaf, and what is wrong with it.
 
-Works from the same compiled level tables as a walk (`vtdbg.walk`): what an entry is, what it grants and which rules it breaks is said there
+Works from the same compiled level tables (`vtdbg.level_tables`) as a walk: what an entry is, what it grants and which rules it breaks is said there
 once.  Each table is read once; a run of entries that step by one page is found by one comparison of the whole table as one big number, so
 that a regular table of 512 pages costs about as much as one entry.
 """
@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError
+from vtdbg.level_tables import EntryKind, Level, Permissions, Rule, Tables, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
-from vtdbg.walk import EntryKind, Level, Permissions, Rule, Structure, Tables, memory_type_of
+from vtdbg.walk import Structure
 from vtdbg.x86.paging import sign_extended
 
 WORK_LIMIT = 1 << 23

@@ -11,11 +11,12 @@ from typing import Dict, List, Optional, Tuple, Union
 
 from vtdbg import bits
 from vtdbg.errors import MemoryUnavailable, UsageError
+from vtdbg.level_tables import Permissions
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.svm.npt import Npt
 from vtdbg.vmx.ept import Ept, EptCapabilities, ept_for
-from vtdbg.walk import Access, AccessLike, Fetched, Permissions, Step, Structure, Walk, check_address, parse_access, where
+from vtdbg.walk import Access, AccessLike, Fetched, Step, Structure, Walk, check_address, parse_access, where
 from vtdbg.x86.paging import Paging
 
 _NESTED_ENTRY = Access(read=True, linear="page-walk")

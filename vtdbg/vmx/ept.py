@@ -14,26 +14,19 @@ from typing import TYPE_CHECKING, List, NamedTuple, Optional, Protocol, Tuple
 from vtdbg import bits
 from vtdbg.errors import UsageError
 from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, describe_mmio
+from vtdbg.level_tables import MAXPHYADDR, LevelSpec, Right, RuleSpec, Tables, TableSet, compile_tables, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import (
-    MAXPHYADDR,
     Access,
     AccessLike,
     Descent,
     EntrySource,
-    LevelSpec,
     MemorySource,
-    Right,
-    RuleSpec,
     Step,
-    Tables,
-    TableSet,
     Walk,
     check_address,
-    compile_tables,
     denied,
     descend,
-    memory_type_of,
     parse_access,
     reason_of,
 )

@@ -12,28 +12,30 @@ from typing import TYPE_CHECKING, FrozenSet, List, Mapping, Optional, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UnknownName, UsageError
-from vtdbg.memory.base import PhysicalMemory
-from vtdbg.names import near_names
-from vtdbg.walk import (
+from vtdbg.level_tables import (
     MAXPHYADDR,
-    Access,
-    AccessLike,
-    Descent,
     EntryKind,
-    EntrySource,
     LevelSpec,
-    MemorySource,
     Permissions,
     Right,
     RuleSpec,
     Tables,
     TableSet,
+    compile_tables,
+    memory_type_of,
+)
+from vtdbg.memory.base import PhysicalMemory
+from vtdbg.names import near_names
+from vtdbg.walk import (
+    Access,
+    AccessLike,
+    Descent,
+    EntrySource,
+    MemorySource,
     Walk,
     check_address,
-    compile_tables,
     denied,
     descend,
-    memory_type_of,
     parse_access,
     reason_of,
     where,
