@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Dict, List, Set, Tuple
 
@@ -162,6 +164,38 @@ def test_a_sparse_raw_image_shows_only_what_is_stored(tmp_path: Path) -> None:
         assert any(address <= 0x7654000 < address + size for address, size in views)
         assert memory.read((4 << 30) - 8, 8) == bytes(8)
     assert any("3 GiB" in text for text in machine.warnings)
+
+
+@pytest.mark.parametrize("kind", ["raw", "elf", "lime", "windows", "kdump"])
+def test_the_heap_does_not_grow_with_the_dump(tmp_path: Path, kind: str) -> None:
+    """A dump of 64 GiB (a sparse file) costs less than 512 KiB of heap to open, to read at both ends and to list."""
+    size = 64 << 30
+    page = b"\x5a" * PAGE
+    head = {"raw": b"", "kdump": dumps.kdump([(0x1000, page)], max_mapnr=size // PAGE),
+            "elf": dumps.elf([(0, page)], loads=[(0, 0, 0, size)]), "lime": struct.pack("<4sIQQQ", b"EMiL", 1, 0, size - 1, 0) + page,
+            "windows": dumps.windows64([(0x1000, page)])}[kind]
+    if kind == "windows":
+        head = head[:0xA0] + struct.pack("<Q", size // PAGE) + head[0xA8:]
+    path = tmp_path / kind
+    path.write_bytes(head)
+    if kind != "kdump":
+        os.truncate(path, len(head) - PAGE * bool(head) + size)
+    if path.stat().st_blocks * 512 > 16 << 20:
+        pytest.skip("this file system has no sparse files")
+    with open_machine(path).memory as memory:
+        memory.read(0x1000, PAGE)
+    tracemalloc.start()
+    try:
+        machine = open_machine(path)
+        with machine.memory as memory:
+            memory.read(0x1000, 8)
+            if kind != "kdump":
+                memory.read(size - PAGE, PAGE)
+            assert memory.ranges()
+            assert machine.warnings == [] or kind == "raw"
+        assert tracemalloc.get_traced_memory()[1] < 512 << 10
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_image_that_is_not_whole_pages_opens_with_a_warning(tmp_path: Path) -> None:

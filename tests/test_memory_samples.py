@@ -147,6 +147,7 @@ def test_the_kernel_of_a_makedumpfile_dump_is_named(files: Path) -> None:
         with machine.memory:
             assert machine.details["kernel release"] == "6.1.0-sample"
             assert machine.details["kernel offset (KASLR)"] == "0"
+            assert machine.details["crash time"] == "2023-11-14 22:13:20 UTC"
             assert "SYMBOL(init_top_pgt)=ffffffff80100000" in machine.details["vmcoreinfo"].splitlines()
 
 

@@ -7,6 +7,7 @@ arch/x86/include/asm/user_64.h and user_32.h (`user_regs_struct`); read November
 from __future__ import annotations
 
 import struct
+import time
 from typing import Dict, List, NamedTuple, Tuple
 
 from vtdbg.machine import Cpu
@@ -147,5 +148,12 @@ def vmcoreinfo_details(data: memoryview) -> Dict[str, str]:
         key, _, value = line.partition("=")
         title = {"OSRELEASE": "kernel release", "KERNELOFFSET": "kernel offset (KASLR)", "CRASHTIME": "crash time"}.get(key)
         if title:
-            details[title] = value
+            details[title] = _date(value) if key == "CRASHTIME" else value
     return details
+
+
+def _date(text: str) -> str:
+    """Seconds since 1970 as a date; anything else as it is."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 11):
+        return text
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(int(text)))
