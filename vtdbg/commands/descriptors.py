@@ -306,9 +306,9 @@ def _table_blocks(kind: str, view: View, base: int, limit: int) -> List[Block]:
             if row.descriptor is not None:
                 problems += [f"{'vector' if kind == 'IDT' else 'selector'} {row.selector:#x}: {problem}" for problem in row.descriptor.problems]
     blocks: List[Block] = [facts, table]
-    counts = [f"{count} entries {what}" for count, what in ((zero, "are zero"), (unreadable, "cannot be read")) if count]
+    counts = [f"{count} {what}" for count, what in ((zero, "zero"), (unreadable, "unreadable")) if count]
     if counts:
-        blocks.append(Lines("left_out", [Value({"zero": zero, "unreadable": unreadable}, "; ".join(counts) + ".", "dim")]))
+        blocks.append(Lines("left_out", [Value({"zero": zero, "unreadable": unreadable}, "entries left out: " + ", ".join(counts), "dim")]))
     lines = [*([view.limit_note] if view.limit_note else []), *found.warnings, *problems]
     if lines:
         blocks.append(Lines("problems", [Value(line, line, "warn") for line in lines], bullet="! "))
