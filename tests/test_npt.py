@@ -65,6 +65,7 @@ def test_all_leaves_are_enumerated_and_nothing_else(dump: Any) -> None:
     found = {(hex(leaf.start), hex(leaf.entry), leaf.page_size) for leaf in rows.leaves()}
     broken = {(hex(problem.start), hex(problem.entry or 0), problem.length) for problem in rows.problems}
     assert found | broken == {(leaf["gpa"], leaf["pte"], leaf["size"]) for leaf in truth["npt_leaves"]}
+    assert list(rows) and {(hex(problem.start), hex(problem.entry or 0), problem.length) for problem in rows.problems} == broken, "merged or not"
     assert len(broken) == 2 and all(problem.kind == "misconfiguration" and problem.path for problem in rows.problems)
 
 

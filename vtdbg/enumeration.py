@@ -466,8 +466,9 @@ class Enumeration:
         for item in stack:
             if item.table == table and table not in self._loops and len(self._loops) < PROBLEM_LIMIT:
                 self._loops.add(table)
-                text = f"level {level.number} {level.name} {run[2]:#x} references table {table:#x}, through which it was reached"
-                self._problem(Problem("loop", start, level.page_size, text, level.number, run[2], _path(stack, entry_address)))
+                entry = self._as_stored(stack[-1], level, run[0], run[2])
+                text = f"level {level.number} {level.name} {entry:#x} references table {table:#x}, through which it was reached"
+                self._problem(Problem("loop", start, level.page_size, text, level.number, entry, _path(stack, entry_address)))
 
     def _broken(self, stack: List[_Frame], level: Level, run: _Run, start: int) -> None:
         """Report entries that break rules, once for a table, however many paths lead to it."""
@@ -477,11 +478,22 @@ class Enumeration:
             return
         self._reported.add(key)
         rules = self._judges[frame.depth].rules[what - _BROKEN]
+        entry = self._as_stored(frame, level, index, entry)
         at = None if self._structure.registers is not None and not frame.depth else frame.table + index * level.entry_size
         where = f"level {level.number} {level.name}" + (f" at {at:#x}" if at is not None else "")
         more = f" and {entries - 1} more" if entries > 1 else ""
         text = f"{where}{more} (entry {entry:#x}): {'; '.join(rule.text for rule in rules)}"
         self._problem(Problem("misconfiguration", start, entries << level.shift, text, level.number, entry, _path(stack, at), entries, rules))
+
+    def _as_stored(self, frame: _Frame, level: Level, index: int, entry: int) -> int:
+        """An entry with the bits that were masked off to compare tables; read again, which happens for problems only."""
+        registers = self._structure.registers
+        if not frame.depth and registers is not None:
+            return registers[index]
+        try:
+            return int.from_bytes(self._memory.read(frame.table + index * level.entry_size, level.entry_size), "little")
+        except MemoryUnavailable:
+            return entry
 
     def _problem(self, problem: Problem) -> None:
         self.problem_count += 1
