@@ -31,6 +31,8 @@ _PUBLIC: Dict[str, str] = {
     "explain_vmcs": "vtdbg.vmx.exits:explain_vmcs",
     "explain_svm_exit": "vtdbg.svm.exits:explain_svm_exit",
     "Vmcb": "vtdbg.svm.vmcb:Vmcb",
+    "lint_vm_entry": "vtdbg.vmx.entry:lint_vm_entry",
+    "lint_vmcb": "vtdbg.svm.lint:lint_vmcb",
     "SvmCapabilities": "vtdbg.svm.capabilities:SvmCapabilities",
     "check_vmrun": "vtdbg.svm.entry:check_vmrun",
     "Finding": "vtdbg.findings:Finding",
@@ -51,10 +53,11 @@ if TYPE_CHECKING:
     from vtdbg.svm.capabilities import SvmCapabilities
     from vtdbg.svm.entry import check_vmrun
     from vtdbg.svm.exits import explain_svm_exit
+    from vtdbg.svm.lint import lint_vmcb
     from vtdbg.svm.npt import npt_walk
     from vtdbg.svm.vmcb import Vmcb
     from vtdbg.vmx.capabilities import VmxCapabilities
-    from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
+    from vtdbg.vmx.entry import check_vm_entry, lint_vm_entry, predict_vm_entry
     from vtdbg.vmx.ept import ept_walk
     from vtdbg.vmx.exits import explain_vm_exit, explain_vmcs
     from vtdbg.vmx.vmcs import Vmcs
