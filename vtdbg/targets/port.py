@@ -80,10 +80,6 @@ class Port(ABC):
         """A raw packet of the remote protocol and its answer, as it is on the wire; empty where the stub does not know the packet."""
         raise Unsupported(f"{self.name} has no remote protocol")
 
-    def packet_size(self) -> Optional[int]:
-        """How long an answer may get (PacketSize), or None."""
-        return None
-
     def endpoint(self) -> Optional[str]:
         """Where the stub listens, "HOST:PORT", or None."""
         return None

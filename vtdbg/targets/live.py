@@ -1,0 +1,200 @@
+"""A live target as a Machine: its memory by the best way there is, its processors, and in the header where the processor is."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Optional, Tuple
+
+from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
+from vtdbg.machine import Cpu, Machine
+from vtdbg.memory.base import CachedMemory, PhysicalMemory, Range
+from vtdbg.targets import stub as stubs
+from vtdbg.targets.fast import FastMemory, NoFastPath, fast_memory
+from vtdbg.targets.physical import PAGES_IN_CACHE, NoMemory, PhysicalMode, PortMemory, StubMemory
+from vtdbg.targets.port import Port, TargetError, TargetGone, Unsupported
+from vtdbg.targets.where import Block, Where, decide, of_host_save_area, of_vmcb, of_vmcs
+
+SCANNED = 512 << 20
+"""Bytes of RAM that are searched for control blocks without being asked, where every byte comes through the stub."""
+LEFT_PHYSICAL = ("the stub's memory packets were physical before this command (an earlier client left it so): virtual reads of every debugger "
+                 "show physical memory; `maintenance packet Qqemu.PhyMemMode:0` ends it")
+
+
+class LiveMemory(PhysicalMemory):
+    """The target's physical memory; `drop` when it has run."""
+
+    def __init__(self, machine: "LiveMachine", memory: PhysicalMemory) -> None:
+        self._machine, self.memory = machine, memory
+
+    def read(self, address: int, size: int) -> bytes:
+        return self.memory.read(address, size)
+
+    def read_page(self, address: int) -> bytes:
+        return self.memory.read_page(address)
+
+    def ranges(self) -> Optional[List[Range]]:
+        return self.memory.ranges()
+
+    def views(self) -> Iterator[Tuple[int, memoryview]]:
+        return self.memory.views()
+
+    def drop(self) -> None:
+        self._machine.stale = True
+        if isinstance(self.memory, CachedMemory):
+            self.memory.drop()
+
+    def close(self) -> None:
+        self._machine.release()
+
+
+class LiveMachine(Machine):
+    """What is behind a port.  `refresh` before each command: after the target ran, where it is has to be found out again."""
+
+    def __init__(self, port: Port, fast: bool = True) -> None:
+        self.port = port
+        self.dialect = stubs.probe(port)
+        self.mode = PhysicalMode(port, self.dialect)
+        self.where = Where("unknown", "not looked at yet")
+        self.stale = True
+        self._known: List[Tuple[str, int]] = []
+        self._left = self._mode_notes()
+        memory, how = self._memory(fast)
+        super().__init__(LiveMemory(self, memory), port.endpoint() or port.name, "live", live=True)
+        self.details = {"debugger": port.name, "stub": self.dialect.title, "physical memory": how}
+        if isinstance(memory, NoMemory):
+            # The one thing that a user has to know; every read says it too.
+            self._left.append(stubs.NO_PHYSICAL)
+
+    def _mode_notes(self) -> List[str]:
+        physical = self.dialect.physical == "mode" and self.port.packet(stubs.QUERY) == b"1"
+        return [LEFT_PHYSICAL] if physical else []
+
+    def _memory(self, fast: bool) -> Tuple[PhysicalMemory, str]:
+        known = self.port.physical_ranges()
+        if not self.dialect.physical:
+            if known is None and not self._own_reads():
+                return NoMemory(), "none"
+            return CachedMemory(PortMemory(self.port, known), PAGES_IN_CACHE), f"by {self.port.name}"
+        if self.dialect.name == "qemu" and self.dialect.monitor:
+            known = stubs.ram_ranges(self.port.monitor("info mtree -f")) or None
+        slow = CachedMemory(StubMemory(self.mode, known), PAGES_IN_CACHE)
+        if fast and self.dialect.name == "qemu":
+            try:
+                with self.mode.held():
+                    quick: FastMemory = fast_memory(self.port, slow)
+                slow.drop()
+                return quick, quick.how + " (checked against the stub; --no-fast turns it off)"
+            except NoFastPath as error:
+                return slow, f"by packets of the stub; no fast path: {error}"
+        return slow, "by packets of the stub"
+
+    def _own_reads(self) -> bool:
+        try:
+            self.port.read_physical(0, 1)
+        except Unsupported:
+            return False
+        except (TargetError, MemoryUnavailable):
+            return True
+        return True
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """The physical reads inside share one switch of the stub's mode, undone at the end whatever happens."""
+        with self.mode.held():
+            yield
+
+    def registers(self) -> "Dict[str, Optional[int]]":
+        """The selected processor's, live: a guest's in guest mode."""
+        self.mode.virtual()
+        return dict(stubs.all_registers(self.port, self.dialect))
+
+    def refresh(self) -> None:
+        """Finds out again where the selected processor is; nothing where the target has not run since."""
+        if not self.stale:
+            return
+        with self.reading():
+            live = self.registers()
+            self.where = self._where(live)
+        number = self.port.selected()
+        self.cpus = [Cpu(0 if number is None else number, self.where.host, f"{self.port.name}, {self.where.host_source}")]
+        whose = f", processor {number}" if number is not None else ""
+        self.provenance = f"live, {self.dialect.title} at {self.name}{whose}: {self.where.text}"
+        self.warnings = [*self._left, *self.where.notes]
+        self.stale = False
+
+    def _where(self, live: "Dict[str, Optional[int]]") -> Where:
+        if isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, NoMemory):
+            return Where("unknown", "control blocks cannot be read to compare with")
+        blocks = self._blocks_at(self._known)
+        found = decide(live, blocks)
+        if found.mode != "unknown":
+            return found
+        if not self._searchable():
+            return Where("unknown", "memory is too large to be searched for control blocks through the stub: name one")
+        self._known = self._search()
+        return decide(live, self._blocks_at(self._known))
+
+    def _searchable(self) -> bool:
+        ranges = self.memory.ranges()
+        if ranges is None:
+            return False
+        quick = isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, FastMemory)
+        return quick or sum(length for _, length in ranges) <= SCANNED
+
+    def _search(self) -> List[Tuple[str, int]]:
+        from vtdbg.scan import scan
+
+        kinds = {"vmcb": "vmcb", "host-save-area": "hsave", "vmcs": "vmcs"}
+        return [(kinds[item.classification], item.address) for item in scan(self.memory) if item.classification in kinds]
+
+    def consider(self, kind: str, address: int) -> None:
+        """A control block that the user named: looked at from now on when the mode is decided."""
+        if (kind, address) not in self._known:
+            self._known.append((kind, address))
+            if self.where.mode == "unknown":
+                self.stale = True
+
+    def _blocks_at(self, places: List[Tuple[str, int]]) -> List[Block]:
+        from vtdbg.svm.vmcb import Vmcb
+        from vtdbg.vmx.vmcs import Vmcs
+
+        blocks = []
+        for kind, address in places:
+            try:
+                page = self.memory.read_page(address)
+                if kind == "vmcs":
+                    blocks.append(of_vmcs(address, Vmcs.from_page(page)))
+                else:
+                    blocks.append((of_vmcb if kind == "vmcb" else of_host_save_area)(address, Vmcb.from_page(page)))
+            except TargetGone:
+                raise
+            except VtdbgError:
+                continue
+        return blocks
+
+    def release(self) -> None:
+        """Puts the stub's mode back and lets go of the target without resuming it."""
+        memory = self.memory.memory if isinstance(self.memory, LiveMemory) else self.memory
+        memory.close()
+        try:
+            self.mode.virtual()
+        finally:
+            self.port.close()
+
+
+def connect(source: str, fast: bool = True) -> LiveMachine:
+    """The live machine of "gdb:HOST:PORT", through a gdb of our own.  Raises UsageError and TargetError in one line."""
+    endpoint = source[len("gdb:"):]
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(f"{source!r}: write gdb:HOST:PORT, for instance gdb:127.0.0.1:1234")
+    from vtdbg.targets.mi import MiPort
+
+    made = MiPort(endpoint)
+    try:
+        machine = LiveMachine(made, fast)
+        machine.refresh()
+        return machine
+    except BaseException:
+        made.close()
+        raise

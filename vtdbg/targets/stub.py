@@ -1,0 +1,118 @@
+"""Which stub is at the other end?  Found out by asking it, never assumed.
+
+QEMU has `qqemu.PhyMemMode` (docs/system/gdb.rst, "Using unusual CPU modes"/"Examining physical memory") and a monitor; VMware's stub switches
+with `monitor phys` and `monitor virt` and has no query; Bochs' has neither, and no control registers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Tuple
+
+from vtdbg.memory.base import Range, merge_ranges
+from vtdbg.targets.port import Port, TargetError, TargetGone
+
+QUERY, SET = "qqemu.PhyMemMode", "Qqemu.PhyMemMode:"
+
+NO_PHYSICAL = (
+    "this stub cannot read physical memory: it has neither QEMU's PhyMemMode nor VMware's `monitor phys` (Bochs' own stub is such a one).  "
+    "Page tables, VMCS and VMCB cannot be reached through it; write the memory to a file in the emulator and open that, "
+    "or give values by hand (vmcs --text, exit explain --reason)"
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """`name` "qemu", "vmware" or "plain"; `physical` how it reads physical memory: "mode" (PhyMemMode), "monitor" (monitor phys), or "" for not
+    at all; `monitor` whether `monitor` commands are answered."""
+
+    name: str
+    physical: str
+    monitor: bool
+
+    @property
+    def title(self) -> str:
+        return {"qemu": "QEMU", "vmware": "VMware"}.get(self.name, "a stub without physical reads")
+
+
+def probe(port: Port) -> Dialect:
+    """Asks the stub what it is.  The target's state is not changed.  Raises TargetGone where nobody answers."""
+    answer = _ask(port, QUERY)
+    if answer in (b"0", b"1"):
+        return Dialect("qemu", "mode", monitor=bool(_monitor(port, "info version")))
+    words = _monitor(port, "help")
+    if re.search(r"\bphys\b", words) and re.search(r"\bvirt\b", words):
+        return Dialect("vmware", "monitor", monitor=True)
+    return Dialect("plain", "", monitor=bool(words))
+
+
+def _ask(port: Port, packet: str) -> bytes:
+    try:
+        return port.packet(packet)
+    except TargetGone:
+        raise
+    except TargetError:
+        return b""
+
+
+def _monitor(port: Port, command: str) -> str:
+    try:
+        return port.monitor(command)
+    except TargetGone:
+        raise
+    except TargetError:
+        return ""
+
+
+# --- what QEMU's monitor prints ---------------------------------------------------------------------------------------------------
+
+_RAM_LINE = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (ram|rom|romd|nv-ram)\): (\S+)", re.M)
+
+
+def ram_ranges(mtree: str) -> List[Range]:
+    """RAM and ROM of the system's address space out of `info mtree -f`; QEMU answers zeros for everything else."""
+    for view in re.split(r"^FlatView #\d+\s*$", mtree, flags=re.M):
+        if re.search(r'AS "memory"', view):
+            return merge_ranges((int(first, 16), int(last, 16) - int(first, 16) + 1) for first, last, _, _ in _RAM_LINE.findall(view))
+    return []
+
+
+_TABLE = re.compile(r"^(GDT|IDT)\s*=\s*([0-9a-f]+)\s+([0-9a-f]+)", re.M)
+_SEGMENT = re.compile(r"^(LDT|TR)\s*=\s*([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)", re.M)
+_CONTROL = re.compile(r"\b(CR[0234]|EFER)\s*=\s*([0-9a-f]+)")
+_CPL = re.compile(r"\bCPL=(\d)")
+
+
+def info_registers(text: str) -> Dict[str, int]:
+    """GDTR, IDTR, LDTR, TR, control registers and EFER out of `monitor info registers`: what the stub's own registers lack."""
+    found: Dict[str, int] = {}
+    for name, base, limit in _TABLE.findall(text):
+        key = name.lower() + "r"
+        found[f"{key}_base"], found[f"{key}_limit"] = int(base, 16), int(limit, 16)
+    for name, selector, base, limit, flags in _SEGMENT.findall(text):
+        key = "tr" if name == "TR" else "ldtr"
+        found[f"{key}_selector"], found[f"{key}_base"] = int(selector, 16), int(base, 16)
+        found[f"{key}_limit"], found[f"{key}_attributes"] = int(limit, 16), int(flags, 16) >> 8 & 0xF0FF
+    for name, value in _CONTROL.findall(text):
+        found[name.lower()] = int(value, 16)
+    level = _CPL.search(text)
+    if level:
+        found["cpl"] = int(level.group(1))
+    return found
+
+
+def all_registers(port: Port, dialect: Dialect) -> Mapping[str, Optional[int]]:
+    """The port's registers with what the monitor adds; absent is unknown."""
+    registers = dict(port.registers())
+    if dialect.name == "qemu":
+        for name, value in info_registers(_monitor(port, "info registers")).items():
+            if registers.get(name) is None:
+                registers[name] = value
+    return registers
+
+
+def gpa_to_hva(text: str) -> Optional[Tuple[str, int]]:
+    """`monitor gpa2hva A`: the region's name and the address in QEMU's own process."""
+    found = re.search(r"\((.*?)\) is (0x[0-9a-f]+)", text)
+    return (found.group(1), int(found.group(2), 16)) if found else None
