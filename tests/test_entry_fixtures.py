@@ -6,9 +6,12 @@ The monitor of VM B set CS.type to 1 with KVM_SET_SREGS; the kernel's dump shows
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import pytest
+from support.entry_cases import capabilities as model_capabilities
+from support.vmxcpu import Worker
+from support.vmxcpu.places import VMCS
 
 from vtdbg.findings import Finding
 from vtdbg.memory.open import open_machine
@@ -99,3 +102,29 @@ def test_failed_entry_is_explained_from_the_log_s_text(intel_plain_truth: Dict[s
     findings = check_vm_entry(Vmcs.from_text(text), capabilities(intel_plain_truth))
     assert [finding.id for finding in findings if finding.failed] == ["guest.cs.type"]
     assert not {"GUEST_CS_AR_BYTES", "GUEST_RFLAGS", "GUEST_CR0"} & {name for finding in findings for name in finding.missing}
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(("launched", "instruction", "error"), [
+    (False, "vmlaunch", None), (True, "vmlaunch", 4), (False, "vmresume", 5), (True, "vmresume", None)])
+def test_launch_state_on_the_processor(vmx_worker: Worker, launched: bool, instruction: str, error: Optional[int]) -> None:
+    """VMLAUNCH wants a clear VMCS (error 4), VMRESUME a launched one (error 5); the page's header says which it is.
+
+    An entry leaves the VMCS launched, a failure leaves it as it was: the page that comes back says so.
+    """
+    outcome = vmx_worker.launch(vmx_worker.baseline(), launched=launched, instruction=instruction, dump=[(VMCS, 4096)])
+    assert outcome.entered if error is None else (outcome.kind, outcome.number) == ("VMfailValid", error)
+    vmcs = Vmcs.from_page(outcome.memory[(VMCS, 4096)], "bochs_2.8")
+    caps = model_capabilities(vmx_worker)
+    now_launched = launched or error is None
+    assert predict_vm_entry(vmcs, caps, instruction="vmlaunch") == (("VMfailValid", 4) if now_launched else "enters")
+    assert predict_vm_entry(vmcs, caps, instruction="vmresume") == ("enters" if now_launched else ("VMfailValid", 5))
+
+
+def test_shadow_vmcs_is_not_entered(intel_nested: Path, intel_nested_truth: Dict[str, Any]) -> None:
+    """A shadow VMCS (here the one that vmcs01 links) is read and written by VMREAD and VMWRITE; VMLAUNCH and VMRESUME fail with VMfailInvalid
+    (SDM vol. 3, Basic VM-Entry Checks).  The processor model does not look at the bit."""
+    address = int(intel_nested_truth["nested"]["found"]["shadow_vmcs"].split()[0], 16)
+    with open_machine(intel_nested).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(address))
+        assert predict_vm_entry(vmcs, capabilities(intel_nested_truth), memory, vmcs_address=address) == ("VMfailInvalid",)

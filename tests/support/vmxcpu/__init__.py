@@ -18,6 +18,7 @@ Parts of a `Case`:
   host         the mode in which VMLAUNCH is executed: "64-bit" or "32-bit" (outside IA-32e mode); the host-state fields are `values`
   instruction  "vmlaunch" or "vmresume"
   header       the first dword of the VMCS page instead of the revision
+  launched     the launch state is launched, as VMRESUME wants it
   fields       encodings to bring back from the VMCS afterwards, or "all"; EXIT_FIELDS are those that describe an exit
   want_registers, dump   bring back the general registers; memory, as (address, size) pairs
   budget       instructions until the model is stopped (then `kind` is "inside")

@@ -29,6 +29,7 @@ class Case:
     host: str = "64-bit"
     instruction: str = "vmlaunch"
     header: Optional[int] = None
+    launched: bool = False
     fields: Any = ()
     want_registers: bool = False
     dump: Sequence[Tuple[int, int]] = ()
@@ -37,7 +38,7 @@ class Case:
     def message(self) -> Dict[str, Any]:
         message = {"values": dict(self.values), "memory": dict(self.memory), "registers": dict(self.registers), "code": self.code,
                    "host": self.host, "instruction": self.instruction, "fields": self.fields if self.fields == "all" else tuple(self.fields),
-                   "want_registers": self.want_registers, "dump": tuple(self.dump), "budget": self.budget}
+                   "want_registers": self.want_registers, "launched": self.launched, "dump": tuple(self.dump), "budget": self.budget}
         if self.header is not None:
             message["header"] = self.header
         return message

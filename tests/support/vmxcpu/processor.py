@@ -39,6 +39,7 @@ VMPTRLD, VMCLEAR = bytes.fromhex("0fc73425"), bytes.fromhex("660fc73425")   # m6
 VMPTRLD32 = bytes.fromhex("0fc735")                                         # the same in 32-bit mode
 LAUNCH = {"vmlaunch": bytes.fromhex("0f01c2"), "vmresume": bytes.fromhex("0f01c3")}
 READ_FLAGS = bytes.fromhex("9c5bf4")    # pushfq; pop rbx; hlt: the model computes flags lazily, so they are read by an instruction
+LAUNCH_STATE = 8    # where Bochs keeps the launch state in the page: 0 clear, 1 launched
 CAPABILITY_MSRS = (0x3A, *range(0x480, 0x494))
 
 _shim = ctypes.CDLL(None)
@@ -305,6 +306,8 @@ class Processor:
             self.write(address, data)
         host = case.get("host", "64-bit")
         self.write(VMCS, self.page(values, case.get("header", self.revision)))
+        if case.get("launched"):
+            self.write(VMCS + LAUNCH_STATE, struct.pack("<I", 1))
         load = VMPTRLD if host == "64-bit" else VMPTRLD32
         code = load + struct.pack("<I", DATA + 8) + LAUNCH[case.get("instruction", "vmlaunch")]
         flags = self.run(code, case.get("budget", 60), host, case.get("registers"), stop_at_exception=False)
