@@ -14,7 +14,7 @@ from vtdbg.errors import FormatError, UsageError
 from vtdbg.svm import fields as vmcb_fields
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.textdump import lists, registers, vmcb_blocks, vmcs_blocks
-from vtdbg.textdump.lines import Lines, shown
+from vtdbg.textdump.lines import LONGEST_LINE, Lines, shown
 from vtdbg.textdump.model import Builder, TextDump, TextValue, describe, in_field_order
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.vmcs import Vmcs
@@ -38,7 +38,7 @@ def _candidates(lines: Lines) -> List[int]:
     known = _keywords()
     found: List[int] = []
     for index, raw in enumerate(lines.raw):
-        lowered = raw[:100_000].lower()
+        lowered = raw[:LONGEST_LINE].lower()
         if not known.isdisjoint(_WORDS.findall(lowered)) or any(mark in lowered for mark in _MARKS):
             found.append(index + 1)
     return found
@@ -56,21 +56,14 @@ def parse(text: str) -> List[TextDump]:
     candidates = _candidates(lines)
     claimed: Set[int] = set()
     dumps: List[TextDump] = []
-    for dialect in (vmcs_blocks.parse, vmcb_blocks.parse):
-        dumps.extend(dialect(lines, candidates, claimed))
-    inside = _inside(dumps)
-    dumps.extend(registers.parse(lines, [number for number in candidates if number not in inside], claimed))
-    inside |= _inside(dumps)
-    # What stands inside a dump of another dialect and was not understood is damage, not a list of fields.
-    dumps.extend(lists.parse(lines, [number for number in candidates if number not in inside], claimed))
+    # What stands inside a dump of another dialect and was not understood is damage, not something of the next dialect.
+    for dialect in (vmcb_blocks.parse, vmcs_blocks.parse, registers.parse, lists.parse):
+        inside = {number for dump in dumps for number in range(dump.first_line, dump.last_line + 1)}
+        dumps.extend(dialect(lines, [number for number in candidates if number not in inside], claimed))
     dumps.sort(key=lambda dump: (dump.first_line, dump.last_line))
     for dump in dumps:
         dump.unparsed = _unparsed(lines, dump, claimed)
     return dumps
-
-
-def _inside(dumps: Sequence[TextDump]) -> Set[int]:
-    return {number for dump in dumps for number in range(dump.first_line, dump.last_line + 1)}
 
 
 def _unparsed(lines: Lines, dump: TextDump, claimed: Set[int]) -> List[Tuple[int, str]]:
@@ -84,6 +77,8 @@ def _unparsed(lines: Lines, dump: TextDump, claimed: Set[int]) -> List[Tuple[int
             found.append((number, shown(raw)))
         elif lines.line(number).junk:
             found.append((number, shown(lines.line(number).junk)))
+        if len(raw) > LONGEST_LINE:
+            found.append((number, f"{len(raw) - LONGEST_LINE} characters of a line of {len(raw)} were not read"))
     return found
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, List, Optional, Pattern, Tuple
 
-LONGEST_LINE = 100_000
+LONGEST_LINE = 20_000
 """Characters of one line that are looked at; a real log line has a few hundred."""
 
 _BLANKS = re.compile(r"[\s\u00a0\u1680\u2000-\u200b\u202f\u205f\u3000\ufeff]+")

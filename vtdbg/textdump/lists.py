@@ -14,7 +14,7 @@ from typing import Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence,
 
 from vtdbg.record import name_key
 from vtdbg.textdump.lines import Lines, is_gap, shown, word_set
-from vtdbg.textdump.model import Builder, TextDump, in_field_order
+from vtdbg.textdump.model import Builder, Segment, TextDump, in_field_order, mixed
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.fields import VmcsField
 
@@ -33,6 +33,33 @@ HAXM_ORDER: Tuple[int, ...] = (
 )
 """The order in which HAXM prints (core/dump_vmcs.c, dump_vmcs_list): lines that go back in it are of another processor."""
 
+_HAXM_PLACE: Mapping[int, int] = {encoding: place for place, encoding in enumerate(HAXM_ORDER)}
+
+_VBOX: Mapping[str, str] = {
+    "CTRL_PIN_EXEC": "PIN_BASED_VM_EXEC_CONTROL", "CTRL_PROC_EXEC": "CPU_BASED_VM_EXEC_CONTROL", "CTRL_PROC_EXEC2": "SECONDARY_VM_EXEC_CONTROL",
+    "CTRL_EXCEPTION_BITMAP": "EXCEPTION_BITMAP", "CTRL_PAGEFAULT_ERROR_MASK": "PAGE_FAULT_ERROR_CODE_MASK",
+    "CTRL_PAGEFAULT_ERROR_MATCH": "PAGE_FAULT_ERROR_CODE_MATCH", "CTRL_CR3_TARGET_COUNT": "CR3_TARGET_COUNT", "CTRL_EXIT": "VM_EXIT_CONTROLS",
+    "CTRL_EXIT_MSR_STORE_COUNT": "VM_EXIT_MSR_STORE_COUNT", "CTRL_EXIT_MSR_LOAD_COUNT": "VM_EXIT_MSR_LOAD_COUNT", "CTRL_ENTRY": "VM_ENTRY_CONTROLS",
+    "CTRL_ENTRY_MSR_LOAD_COUNT": "VM_ENTRY_MSR_LOAD_COUNT", "CTRL_ENTRY_INTERRUPTION_INFO": "VM_ENTRY_INTR_INFO_FIELD",
+    "CTRL_ENTRY_EXCEPTION_ERRCODE": "VM_ENTRY_EXCEPTION_ERROR_CODE", "CTRL_ENTRY_INSTR_LENGTH": "VM_ENTRY_INSTRUCTION_LEN",
+    "CTRL_TPR_THRESHOLD": "TPR_THRESHOLD", "CTRL_CR0_MASK": "CR0_GUEST_HOST_MASK", "CTRL_CR4_MASK": "CR4_GUEST_HOST_MASK",
+    "CTRL_CR0_READ_SHADOW": "CR0_READ_SHADOW", "CTRL_CR4_READ_SHADOW": "CR4_READ_SHADOW", "CTRL_EPTP": "EPT_POINTER", "CTRL_MSR_BITMAP": "MSR_BITMAP",
+    "CTRL_TSC_OFFSET": "TSC_OFFSET", "CTRL_IO_BITMAP_A": "IO_BITMAP_A", "CTRL_IO_BITMAP_B": "IO_BITMAP_B",
+    "RO_VM_INSTR_ERROR": "VM_INSTRUCTION_ERROR",
+    "RO_EXIT_REASON": "VM_EXIT_REASON", "RO_EXIT_INTERRUPTION_INFO": "VM_EXIT_INTR_INFO",
+    "RO_EXIT_INTERRUPTION_ERROR_CODE": "VM_EXIT_INTR_ERROR_CODE", "RO_IDT_VECTORING_INFO": "IDT_VECTORING_INFO_FIELD",
+    "RO_IDT_VECTORING_ERROR_CODE": "IDT_VECTORING_ERROR_CODE", "RO_EXIT_INSTR_LENGTH": "VM_EXIT_INSTRUCTION_LEN",
+    "RO_EXIT_INSTR_INFO": "VMX_INSTRUCTION_INFO", "RO_EXIT_QUALIFICATION": "EXIT_QUALIFICATION", "RO_GUEST_LINEAR_ADDR": "GUEST_LINEAR_ADDRESS",
+    "RO_GUEST_PHYS_ADDR": "GUEST_PHYSICAL_ADDRESS", "GUEST_INT_STATE": "GUEST_INTERRUPTIBILITY_INFO", "GUEST_VMCS_LINK_PTR": "VMCS_LINK_POINTER",
+    "GUEST_DEBUGCTL": "GUEST_IA32_DEBUGCTL", "GUEST_PAT": "GUEST_IA32_PAT", "GUEST_EFER": "GUEST_IA32_EFER", "HOST_PAT": "HOST_IA32_PAT",
+    "HOST_EFER": "HOST_IA32_EFER", "GUEST_PENDING_DEBUG_XCPTS": "GUEST_PENDING_DBG_EXCEPTIONS", "PREEMPT_TIMER_VALUE": "VMX_PREEMPTION_TIMER_VALUE",
+    "HOST_SYSENTER_CS": "HOST_IA32_SYSENTER_CS", "HOST_SYSENTER_ESP": "HOST_IA32_SYSENTER_ESP", "HOST_SYSENTER_EIP": "HOST_IA32_SYSENTER_EIP",
+    "GUEST_PDPTE0": "GUEST_PDPTR0", "GUEST_PDPTE1": "GUEST_PDPTR1", "GUEST_PDPTE2": "GUEST_PDPTR2", "GUEST_PDPTE3": "GUEST_PDPTR3",
+}
+"""VirtualBox' names without VMX_VMCS32_ and _FULL (include/VBox/vmm/hm_vmx.h), where they are not Linux' own."""
+
+_VBOX_NAME = re.compile(r"VMX_VMCS(?:16|32|64)?_(\w+?)(?:_(FULL|HIGH))?", re.IGNORECASE)
+
 _EXTRA_TITLES: Mapping[str, int] = {"Last PID-pointer": 0x0008}
 """hvext's titles that differ from the manual's."""
 
@@ -49,7 +76,7 @@ _TITLED = re.compile(r"^(?:0x[0-9a-f]{1,8} )?(?P<name>[A-Za-z][A-Za-z0-9_ /().-]
 _ENCODED = re.compile(r"^(?:vmread ?\(? ?|field ?|\[ ?)?0x(?P<encoding>[0-9a-fA-F]{4}|0000[0-9a-fA-F]{4}) ?[\])]?"
                       r"(?: ?[A-Za-z][A-Za-z0-9_ /().-]{0,70}?)?" + _SIGN + _VALUE + r"[.,; ]*$")
 _SHORT = word_set("""cr0 cr3 cr4 rsp rip rflags dr7 eptp vpid fs_base gs_base tr_base es_base cs_base ss_base ds_base io_rip io_rcx io_rsi io_rdi
-                      smbase pinv hkid hlatp spptp pmladdr""")
+                      smbase pinv hkid pmladdr""")
 """Aliases that many other programs print for other things."""
 
 
@@ -71,7 +98,7 @@ def _titles() -> Dict[str, int]:
     """The manual's titles, with and without what stands in parentheses."""
     found = {name_key(title): encoding for title, encoding in _EXTRA_TITLES.items()}
     for encoding, row in vmcs_fields.fields().items():
-        for title in (row.title, re.sub(r" ?\([^)]*\)", "", row.title)):
+        for title in (row.title, row.name, re.sub(r" ?\([^)]*\)", "", row.title)):
             found.setdefault(name_key(title), encoding)
     return found
 
@@ -100,6 +127,10 @@ def _by_name(name: str) -> Tuple[Optional[VmcsField], bool]:
     if found is not None:
         return found, False
     upper = name.upper()
+    box = _VBOX_NAME.fullmatch(upper)
+    if box:
+        plain = re.sub(r"_ACCESS_RIGHTS$", "_AR_BYTES", re.sub(r"_SEL$", "_SELECTOR", _VBOX.get(box.group(1), box.group(1))))
+        return vmcs_fields.get(plain), box.group(2) == "HIGH"
     for ending in ("_HIGH", "_FULL"):
         if upper.endswith(ending):
             found = vmcs_fields.get(name[:-len(ending)])
@@ -189,40 +220,34 @@ def _runs(entries: Sequence[Tuple[str, Entry]]) -> Iterator[Tuple[str, List[Entr
         yield dialect, run
 
 
-def _parts(run: Sequence[Entry]) -> List[List[Entry]]:
-    """The run cut where a field is printed again."""
+def _parts(dialect: str, run: Sequence[Entry]) -> List[List[Entry]]:
+    """The run cut where a field is printed again, or where HAXM's order goes back."""
     parts: List[List[Entry]] = [[]]
     seen: Set[Tuple[int, bool]] = set()
+    last = -1
     for entry in run:
         key = (entry.encoding, entry.half)
-        if key in seen:
+        place = _HAXM_PLACE.get(entry.encoding, last) if dialect == HAXM else last
+        if key in seen or place < last:
             parts.append([])
             seen = set()
+        last = place
         seen.add(key)
         parts[-1].append(entry)
     return parts
 
 
 def _interleaved(dialect: str, parts: Sequence[Sequence[Entry]]) -> bool:
-    """Whether the parts are dumps that were printed at the same time, not one after the other.
-
-    One after the other, each is printed in the program's order, and a new one begins with the first field or after the last.
-    """
-    if len(parts) < 2:
+    """Whether the parts are dumps that were printed at the same time, not one after the other."""
+    if len(parts) < 2 or dialect == HVEXT:
         return False
-    order = HAXM_ORDER if dialect == HAXM else tuple(dict.fromkeys(entry.encoding for part in parts[:1] for entry in part)) \
-        if dialect == GENERIC else tuple(vmcs_fields.fields())
-    position = {encoding: index for index, encoding in enumerate(order)}
-    first, last = 0, len(order) - 1
-    previous = -1
-    for number, part in enumerate(parts):
-        places = [position[entry.encoding] for entry in part if entry.encoding in position]
-        if any(later < earlier for earlier, later in zip(places, places[1:])):
-            return True
-        if number and places and places[0] != first and previous != last:
-            return True
-        previous = places[-1] if places else previous
-    return False
+    if dialect == HAXM:
+        places = [[_HAXM_PLACE[entry.encoding] for entry in part if entry.encoding in _HAXM_PLACE] for part in parts]
+        end = len(HAXM_ORDER) - 1
+        return mixed([Segment(starts=row[0] == 0, ends=row[-1] == end, hole=row[-1] - row[0] + 1 != len(row)) for row in places if row])
+    # Somebody's own list: one after the other, each has the same fields in the same order.
+    orders = [[(entry.encoding, entry.half) for entry in part] for part in parts]
+    return any(order != orders[0] for order in orders[:-1]) or orders[-1] != orders[0][:len(orders[-1])]
 
 
 def _dump(dialect: str, parts: Sequence[Sequence[Entry]], lines: Lines, claimed: Set[int]) -> Optional[TextDump]:
@@ -251,9 +276,9 @@ def _dump(dialect: str, parts: Sequence[Sequence[Entry]], lines: Lines, claimed:
     if not builder.seen:
         return None
     if len(parts) > 1:
-        builder.note("several processors printed at the same time: only fields with the same value on each are used")
-        builder.seen = {key: found for key, found in builder.seen.items() if len(found) == len(parts) and len({item.value for item in found}) == 1}
-        builder.extras["mixed"] = True
+        builder.keep_agreed()
+        if not builder.seen:
+            return None
     numbers = sorted({entry.line for entry in entries})
     gaps = [number for number in range(numbers[0], numbers[-1] + 1) if number not in builder.lines and is_gap(lines.line(number).text)] \
         if numbers[-1] - numbers[0] < 100 * FARTHEST else []
@@ -309,7 +334,7 @@ def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[Te
     for dialect, run in _runs(entries):
         if _is_definition(run):
             continue
-        parts = _parts(run)
+        parts = _parts(dialect, run)
         groups = [parts] if _interleaved(dialect, parts) else [[part] for part in parts]
         for group in groups:
             dump = _dump(dialect, group, lines, claimed)

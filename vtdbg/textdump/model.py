@@ -140,8 +140,39 @@ class Builder:
         self.extras["mixed"] = True
         return kept
 
+    def keep_agreed(self) -> None:
+        """Of dumps that were printed at the same time: only what is printed more than once, always with the same value."""
+        before = len(self.seen)
+        self.seen = {key: found for key, found in self.seen.items() if len(found) > 1 and len({item.value for item in found}) == 1}
+        self.extras["mixed"] = True
+        self.note(f"several processors printed at the same time: {before - len(self.seen)} fields are left out because nothing says "
+                  "which dump a line belongs to")
+
     def name(self, key: Key) -> str:
         return vmcs_fields.find(key).name if self.kind == "vmcs" else str(key)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text that can be of one dump: `starts` with what its program prints first, `ends` with what it prints late,
+    `hole`: something that is always printed is missing in between."""
+
+    starts: bool
+    ends: bool
+    hole: bool
+
+
+def mixed(segments: Sequence[Segment]) -> bool:
+    """Whether dumps that follow each other were printed at the same time, so that a piece can hold lines of two.
+
+    Where a processor's lines go on after another's, an earlier piece is incomplete and a later one has no beginning, or a hole where
+    it changes from one dump to the other.  A dump that is cut, before a whole one or after one, shows only one of the two.
+    """
+    earlier, later = segments[:-1], segments[1:]
+    headless = any(not segment.starts for segment in later)
+    incomplete = any(not segment.ends or segment.hole for segment in earlier)
+    cut = any(not segment.ends for segment in earlier)
+    return (headless and incomplete) or (cut and any(segment.hole for segment in later))
 
 
 def in_field_order(kind: str, values: Mapping[Key, TextValue]) -> Dict[Key, TextValue]:

@@ -17,11 +17,14 @@ _SLOT = re.compile(r"\{([A-Za-z0-9_.]+):([0-9a-z|!]+)\}")
 _TOKEN = re.compile(r"[A-Za-z0-9_]+| +|.")
 _WORD = re.compile(r"[A-Za-z0-9_]+|[^\sA-Za-z0-9_]")
 _JUNK = re.compile(r" ?(?:<[^<>]{0,40}>|[^\s,]{0,80})")
+_HIDDEN = re.compile(r" ?(?:0x)?<", re.IGNORECASE)
 _TAG = re.compile(r" ?\( ?(effective|autoload|corrupted!?) ?\)", re.IGNORECASE)
-_SYMBOL = re.compile(r" ?\([^()]{0,200}\)")
+_SYMBOL = re.compile(r" ?\([^()]{0,200}(?:\)|$)")
 _HARMLESS = re.compile(r"[\s.,;:|*`'\"\\<>()-]*(?:<br ?/?>)?[\s.,;:|*`'\"\\<>()-]*$", re.IGNORECASE)
 _HEX = re.compile(r" ?(0x)?([0-9a-f]{1,16})(?![0-9A-Za-z_]|\.\.|\u2026)", re.IGNORECASE)
 _DECIMAL = re.compile(r" ?([0-9]{1,20})(?![0-9A-Za-z_]|\.\.|\u2026)")
+
+_END = re.compile(r" *$")
 
 UNPADDED = "x"
 DECIMAL = "d"
@@ -58,7 +61,8 @@ class Phrase:
 class Item:
     """A slot that was found: its value, None where the value is damaged, and where in the text it stands.
 
-    `doubtful` is an unpadded value that ends where the text ends: the rest of it may be missing.
+    `doubtful` is an unpadded value that ends where the text ends: the rest of it may be missing.  `foreign` is a number in another
+    form than this program prints: neither hidden nor at the end of the line.
     """
 
     slot: Slot
@@ -66,6 +70,7 @@ class Item:
     start: int
     end: int
     doubtful: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Match:
     tag: str
     unfinished: bool
     """The text ended before the phrase did."""
+    remark_end: int = 0
+    """Where the last remark or symbol in parentheses ends."""
 
     @property
     def good(self) -> int:
@@ -180,7 +187,7 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
     """`row` at `position`, as much of it as is there; None where it does not begin there."""
     items: List[Item] = []
     cursor = position
-    index = 0
+    index = remark_end = 0
     unfinished = False
     while index < len(row.slots):
         step = _next_slot(row, index, text, cursor)
@@ -194,7 +201,7 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
         slot = row.slots[found]
         value, end, doubtful = _value(slot, text, after, row.strong, cut, found + 1 < len(row.slots))
         if value is None and not doubtful:
-            if not text[after:].strip():
+            if _END.match(text, after):
                 unfinished = True
                 cursor = len(text)
                 break
@@ -203,15 +210,17 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
         if row.symbol:
             symbol = _SYMBOL.match(text, end)
             end = symbol.end() if symbol else end
-        items.append(Item(slot, value, after, end, doubtful))
+            remark_end = end if symbol else remark_end
+        foreign = value is None and end < len(text) and not _HIDDEN.match(text, after)
+        items.append(Item(slot, value, after, end, doubtful, foreign))
         cursor = end
         index = found + 1
     if not items and not unfinished:
         return None
     tag = _TAG.match(text, cursor)
     if tag:
-        cursor = tag.end()
-    return Match(row, tuple(items), position, cursor, tag.group(1).lower() if tag else "", unfinished)
+        cursor = remark_end = tag.end()
+    return Match(row, tuple(items), position, cursor, tag.group(1).lower() if tag else "", unfinished, remark_end)
 
 
 def _begins(label: Tuple[str, ...], rest: Tuple[str, ...]) -> bool:
@@ -239,20 +248,32 @@ class Record:
     wanting: bool
     """The line seems to go on in the next one."""
 
+    def reaches(self, boundary: int) -> bool:
+        """Some phrase begins before `boundary` and has a value or a remark after it."""
+        return any(match.start < boundary and (match.remark_end > boundary or any(item.value is not None and item.start >= boundary - 1
+                                                                                  for item in match.items)) for match in self.matches)
+
+
+def _rank(match: Match) -> Tuple[int, int, bool]:
+    """The better of two phrases that begin alike: more values, fewer damaged ones, all of it."""
+    return match.good, match.good - len(match.items), len(match.items) == len(match.phrase.slots)
+
 
 def scan(rows: Table, text: str, cut: bool = False) -> Record:
     """The phrases in `text`, from left to right."""
     matches: List[Match] = []
-    lead, clean = "", True
+    lead, clean, open_end = "", True, False
     position = end = 0
     while True:
         word = rows.first.search(text, position)
         if word is None:
             break
         best: Optional[Match] = None
+        unfinished = False
         for row in rows.phrases[word.group().lower()]:
             found = match_phrase(row, text, word.start(), cut)
-            if found and (best is None or (found.good, len(found.items)) > (best.good, len(best.items))):
+            unfinished |= found is not None and found.unfinished
+            if found and (best is None or _rank(found) > _rank(best)):
                 best = found
         if best is None:
             position = word.end()
@@ -263,10 +284,14 @@ def scan(rows: Table, text: str, cut: bool = False) -> Record:
         elif not _HARMLESS.match(between):
             clean = False
         matches.append(best)
+        open_end = unfinished
         position = end = max(best.end, word.end())
-    tail = text[end:].strip()
-    wanting = bool(matches and matches[-1].unfinished) or _is_beginning(rows, tail if matches else text)
-    clean = clean and (bool(_HARMLESS.match(tail)) or bool(matches and matches[-1].unfinished))
+    tail = text[end:].lstrip("),").strip()
+    clean = clean and not any(item.foreign for match in matches for item in match.items)
+    wanting = bool(matches and open_end and not tail) or bool(matches and matches[-1].unfinished) or _is_beginning(rows, tail if matches else text)
+    whole = bool(_HARMLESS.match(tail)) or bool(matches and matches[-1].unfinished) or _is_beginning(rows, tail)
+    whole = whole or (cut and _is_cut_beginning(rows, tail))
+    clean = clean and whole
     return Record(tuple(matches), lead, tail, clean, wanting)
 
 
@@ -275,6 +300,12 @@ def _is_beginning(rows: Table, text: str) -> bool:
         return False
     found = words(text)
     return bool(found) and found in rows.beginnings
+
+
+def _is_cut_beginning(rows: Table, text: str) -> bool:
+    """The beginning of a phrase whose last word may be cut too: what stands at the end of a cut text."""
+    found = words(text[:64])
+    return bool(found) and len(text) <= 64 and any(len(label) == len(found) and _begins(label, found) for label in rows.beginnings)
 
 
 @lru_cache(maxsize=256)
@@ -295,17 +326,18 @@ def scan_joined(rows: Table, text: str, extend: Extend, cut: bool = False, limit
     starts = [0]
     tried = text
     pending: List[int] = []
+    boundary = len(text)
     for _ in range(limit):
-        if not record.wanting and not pending:
+        following = extend() if record.matches or record.wanting else None
+        # A remark or a second value in parentheses can stand on a line of its own; it does not announce itself.
+        if following is None or not (record.wanting or pending or following.startswith("(")):
             break
-        following = extend()
-        if following is None:
-            break
-        pending.append(len(tried) + 1)
+        joint = len(tried)
+        pending.append(joint + 1)
         tried = tried + " " + following
         longer = scan(rows, tried, cut)
-        if sum(match.good for match in longer.matches) > sum(match.good for match in record.matches):
-            record, starts, pending = longer, starts + pending, []
+        if longer.reaches(boundary) or longer.reaches(joint):
+            record, starts, pending, boundary = longer, starts + pending, [], len(tried)
         elif not longer.wanting:
             break
     return record, starts

@@ -29,8 +29,10 @@ _DR = re.compile(r"^DR6=([0-9a-f]{8}|[0-9a-f]{16}) DR7=([0-9a-f]{8}|[0-9a-f]{16}
 _EFER = re.compile(r"^EFER=([0-9a-f]{16})$", re.IGNORECASE)
 _OTHER = re.compile(r"^(?:DR0=|CCS=|Code=|FCW=|FPR\d|XMM\d|CPU#\d|If you're runn|support, the failure|state for Intel VT|which is not supported)")
 
-KEYWORDS = word_set("""kvm failed suberror hardware_entry_failure_reason eax rax esi rsi eip rip es cs ss ds fs gs ldt tr gdt idt cr0 dr6 efer r8 r12 edi vm
-                        exit_reason qualification exitcode exitinfo1 exitinfo2 inst_length inst_error inst_type status reason code""")
+KEYWORDS = word_set("""
+    kvm failed suberror hardware_entry_failure_reason eax rax esi rsi eip rip es cs ss ds fs gs ldt tr gdt idt cr0 dr6 efer r8 r12 edi
+    vm exit_reason qualification exitcode exitinfo1 exitinfo2 inst_length inst_error inst_type status reason code
+""")
 
 FARTHEST = 60
 

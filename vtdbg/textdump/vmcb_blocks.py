@@ -12,7 +12,7 @@ from functools import cache
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from vtdbg.textdump.lines import Lines, is_gap, shown, word_set
-from vtdbg.textdump.model import Builder, TextDump, in_field_order
+from vtdbg.textdump.model import Builder, Segment, TextDump, in_field_order, mixed
 from vtdbg.textdump.phrases import Match, Phrase, Record, Table, phrase, scan_joined, shape, table
 from vtdbg.textdump.vmcs_blocks import _Follow, _streams
 
@@ -54,7 +54,7 @@ _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr")
 
 def _kvm() -> Iterator[Phrase]:
     for label, slot in _CONTROL:
-        yield phrase(f"kvm.{label}", f"{label}: {slot}", strong=label not in ("exceptions", "asid"))
+        yield phrase(f"kvm.{label}", f"{label}: {slot}", strong=label not in ("exceptions", "asid", "tsc_offset"))
     yield phrase("kvm.intercepts", "intercepts: {intercept_misc1:8!} {intercept_misc2:8!}")
     yield phrase("kvm.intercepts64", "intercepts: {intercepts.both:16!}")
     yield phrase("kvm.exit_code", "exit_code: {exit.code:8|16}")
@@ -72,13 +72,11 @@ _XEN: Tuple[Tuple[str, str, bool], ...] = tuple((label, slot, strong) for label,
     ("cr_intercepts", "{intercept_cr:x}", True), ("dr_intercepts", "{intercept_dr:x}", True),
     ("exception_intercepts", "{intercept_exceptions:x}", True), ("general1_intercepts", "{intercept_misc1:x}", True),
     ("general2_intercepts", "{intercept_misc2:x}", True), ("pause_filter_threshold", "{pause_filter_thresh:d}", True),
-    ("pause_filter_count", "{pause_filter_count:d}", True), ("iopm_base_pa", "{iopm_base_pa:x}", True), ("msrpm_base_pa", "{msrpm_base_pa:x}", True),
-    ("tsc_offset", "{tsc_offset:x}", True), ("tlb_control", "{tlb_ctl:x}", True), ("vintr", "{vintr.both:x}", True),
+    ("pause_filter_count", "{pause_filter_count:d}", True), ("tlb_control", "{tlb_ctl:x}", True), ("vintr", "{vintr.both:x}", True),
     ("int_stat", "{int_state:x}", True), ("interrupt_shadow", "{int_state:x}", True), ("eventinj", "{event_inj.both:x}", True),
     ("exitcode", "{exit_code:x}", True), ("exit_int_info", "{exit_int_info.both:x}", True), ("exitintinfo", "{exit_int_info.both:x}", True),
     ("exitinfo1", "{exit_info_1:x}", True), ("exitinfo2", "{exit_info_2:x}", True), ("np_ctrl", "{nested_ctl:x}", True),
-    ("np_enable", "{nested_ctl:x}", True), ("guest_asid", "{asid:x}", True), ("asid", "{asid:x}", False), ("virt_ext", "{virt_ext:x}", True),
-    ("cpl", "{cpl:d}", False), ("efer", "{efer:x}", False), ("star", "{star:x}", False), ("lstar", "{lstar:x}", False),
+    ("np_enable", "{nested_ctl:x}", True), ("guest_asid", "{asid:x}", True), ("virt_ext", "{virt_ext:x}", True),
     ("CR0", "0x{cr0:16}", False), ("CR2", "0x{cr2:16}", False), ("CR3", "0x{cr3:16}", False), ("CR4", "0x{cr4:16}", False),
     ("RSP", "0x{rsp:16}", False), ("RIP", "0x{rip:16}", False), ("RAX", "0x{rax:16}", False), ("RFLAGS", "0x{rflags:16}", False),
     ("DR6", "0x{dr6:16}", False), ("DR7", "0x{dr7:16}", False), ("CSTAR", "0x{cstar:16}", False), ("SFMask", "0x{sfmask:16}", True),
@@ -94,6 +92,10 @@ def _xen() -> Iterator[Phrase]:
         yield phrase(f"xen.{label}", f"{label} = {prefix}{slot}", strong=strong)
     yield phrase("xen.event_inj", "event_inj {event_inj.both:16}, valid? {flag.valid:d}, ec? {flag.ec:d}, type {flag.type:d}, "
                                   "vector 0x{flag.vector:x}")
+    yield phrase("xen.iopm_base_pa", "iopm_base_pa = [0x]{iopm_base_pa:x} msrpm_base_pa = 0x{msrpm_base_pa:x} tsc_offset = 0x{tsc_offset:x}")
+    yield phrase("xen.msrpm_base_pa", "msrpm_base_pa = 0x{msrpm_base_pa:x} tsc_offset = 0x{tsc_offset:x}")
+    yield phrase("xen.asid", "asid = 0x{asid:x} np_ctrl = 0x{nested_ctl:x}")
+    yield phrase("xen.cpl", "cpl = {cpl:d} efer = 0x{efer:x} star = 0x{star:x} lstar = 0x{lstar:x}")
     yield phrase("xen.vmload", "virtual vmload/vmsave = {flag.vmload:d}")
     for name in _SEGMENTS:
         high = name.upper()
@@ -110,7 +112,9 @@ def phrases(dialect: str) -> Table:
 
 KEYWORDS = frozenset([label.split()[0].lower() for label, _ in _CONTROL] + [row[0] for row in _SAVE_PAIRS] + list(_SEGMENTS)
                      + [label.lower() for label, _, _ in _XEN]
-                     ) | word_set("intercepts exit_code isst_addr u_cet vmpl vmcb event_inj virtual paddr dumping domain vcpu sev_features")
+                     ) | word_set("""
+    iopm_base_pa msrpm_base_pa asid cpl lstar intercepts exit_code isst_addr u_cet vmpl vmcb event_inj virtual paddr dumping domain vcpu sev_features
+""")
 
 _KVM_POINTER = re.compile(r"(?:\b(SVM|SEV|SEV-ES|SEV-SNP) (?:vCPU(\d{1,6}) )?)?VMCB ((?:0x)?[0-9a-f]{6,16}|\(____ptrval____\)), "
                           r"last attempted VMRUN on CPU (\d{1,5})(?!\d)", re.IGNORECASE)
@@ -136,6 +140,7 @@ class _Open:
     area: str = ""
     strong: bool = False
     parts: Dict[str, int] = field(default_factory=dict)
+    phrases: Set[str] = field(default_factory=set)
 
 
 def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
@@ -152,7 +157,7 @@ class _Reader:
 
     def __init__(self, lines: Lines, dialect: str, claimed: Set[int]) -> None:
         self._lines, self._dialect, self._claimed = lines, dialect, claimed
-        self._dumps: List[TextDump] = []
+        self._finished: List[_Open] = []
         self._open: Optional[_Open] = None
         self._shapes: Set[str] = set()
         self._context: Dict[str, int] = {}
@@ -166,6 +171,12 @@ class _Reader:
             line = self._lines.line(number)
             if self._plain(number, line.text):
                 continue
+            broken = self._broken(number)
+            if broken and self._plain(number, broken):
+                done = number + 1
+                if self._open is not None:
+                    self._open.builder.lines.add(number + 1)
+                continue
             follow = _Follow(self._lines, number)
             record, starts = scan_joined(rows, line.text, follow.next, self._lines.ends_cut and number == self._lines.last)
             if record.matches and self._accept(record, starts, number):
@@ -174,7 +185,19 @@ class _Reader:
                 self._open.builder.note(f"line {number}: {shown(line.text, 80)}: lines are missing here")
                 self._open.builder.lines.add(number)
         self._close()
-        return self._dumps
+        return self._dumps()
+
+    def _broken(self, number: int) -> str:
+        """The words of a header that is broken into two lines, or nothing."""
+        line, following = self._lines.line(number), self._lines.next_soft(number)
+        if following is None:
+            return ""
+        joined = f"{line.text} {following.text}"
+        for pattern in (_KVM_POINTER, _KVM_AREA) if self._dialect == KVM else (_XEN_START, _XEN_SIZE, _DOMAIN):
+            match = pattern.search(joined)
+            if match and match.start() < len(line.text) < match.end():
+                return joined
+        return ""
 
     def _start(self, number: int) -> _Open:
         self._close()
@@ -254,14 +277,15 @@ class _Reader:
         elif self._goes_back(current, taken):
             current = self._start(number)
         for match in taken:
+            if match.good:
+                current.phrases.add(match.phrase.id)
             self._take(current, match, starts, number)
         current.strong |= strong
         return True
 
     def _goes_back(self, current: _Open, taken: Sequence[Match]) -> bool:
-        """The control area after the save area: another dump whose header is lost."""
-        control = {item.slot.name for match in taken for item in match.items} & {"cr.read", "iopm_base_pa", "intercept_cr"}
-        return bool(control) and (current.builder.has("es.selector") or current.builder.has("cs.selector"))
+        """A phrase that a dump prints once stands here again: another dump whose header is lost, or a second processor."""
+        return any(match.phrase.id in current.phrases for match in taken if match.good)
 
     def _take(self, current: _Open, match: Match, starts: Sequence[int], number: int) -> None:
         for item in match.items:
@@ -307,18 +331,62 @@ class _Reader:
         self._open = None
         if current is None or not current.strong or not current.builder.seen:
             return
-        builder = current.builder
         for what in ("cr", "dr"):
             missing = {f"{what}.read", f"{what}.write"} & set(current.parts)
             if missing:
-                builder.note(f"only {missing.pop()} was found: intercept_{what} is unknown")
-        if builder.has("event_inj.both"):
-            del builder.seen["event_inj.both"]
-        first = min(current.first, min(builder.lines))
-        dump = TextDump("vmcb", current.dialect, in_field_order("vmcb", builder.settled()), first, max(current.last, max(builder.lines)),
-                        notes=builder.notes, extras=builder.extras)
+                current.builder.note(f"only half of the intercepts was found: intercept_{what} is unknown")
+        self._finished.append(current)
+
+    def _dumps(self) -> List[TextDump]:
+        """The dumps; those that were printed at the same time as one, with what they agree on."""
+        runs: List[List[_Open]] = []
+        for found in self._finished:
+            if runs and found.first - runs[-1][-1].last <= FARTHEST and found.builder.extras.get("vcpu") == runs[-1][-1].builder.extras.get("vcpu"):
+                runs[-1].append(found)
+            else:
+                runs.append([found])
+        dumps: List[TextDump] = []
+        for run in runs:
+            groups = [run] if mixed([_as_segment(found) for found in run]) else [[found] for found in run]
+            dumps.extend(dump for dump in map(self._dump, groups) if dump is not None)
+        return dumps
+
+    def _dump(self, group: Sequence[_Open]) -> Optional[TextDump]:
+        builder = group[0].builder
+        for other in group[1:]:
+            builder.notes += [note for note in other.builder.notes if note not in builder.notes]
+            builder.lines |= other.builder.lines
+            for key, found in other.builder.seen.items():
+                builder.seen.setdefault(key, []).extend(found)
+        if len(group) > 1:
+            builder.keep_agreed()
+        values = builder.settled()
+        if not values:
+            return None
         self._claimed |= builder.lines
-        self._dumps.append(dump)
+        first, last = min(builder.lines | {group[0].first}), max(builder.lines | {found.last for found in group})
+        return TextDump("vmcb", self._dialect, in_field_order("vmcb", values), first, last, notes=builder.notes, extras=builder.extras)
+
+
+_KVM_ALWAYS = tuple(f"kvm.{label}" for label in (
+    "cr_read", "cr_write", "dr_read", "dr_write", "exceptions", "iopm_base_pa", "msrpm_base_pa", "tsc_offset", "asid", "tlb_ctl", "int_ctl",
+    "int_vector", "int_state", "exit_code", "exit_info1", "exit_info2", "exit_int_info", "exit_int_info_err", "nested_cr3", "event_inj",
+    "event_inj_err", "next_rip", "es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr", "cr0", "cr3", "dr6", "rip", "rsp", "star",
+    "cstar", "kernel_gs_base", "sysenter_esp", "gpat", "br_from", "excp_from"))
+_XEN_ALWAYS = tuple(f"xen.{label}" for label in (
+    "cr_intercepts", "dr_intercepts", "exception_intercepts", "general1_intercepts", "general2_intercepts", "iopm_base_pa", "tlb_control", "vintr",
+    "exitcode", "exitinfo1", "exitinfo2", "cpl", "CR0", "CR2", "CR3", "CR4", "RSP",
+    "RIP", "RAX", "RFLAGS", "DR6", "DR7", "CSTAR", "SFMask", "KernGSBase", "PAT", "H_CR3", "cs", "ds", "ss", "es", "fs", "gs", "gdtr", "ldtr", "idtr",
+    "tr"))
+"""What every version prints, in its order."""
+
+
+def _as_segment(found: _Open) -> Segment:
+    order = _KVM_ALWAYS if found.dialect == KVM else _XEN_ALWAYS
+    there = [index for index, name in enumerate(order) if name in found.phrases or name.replace("xen.", "xen-old.") in found.phrases]
+    if not there:
+        return Segment(starts=False, ends=False, hole=True)
+    return Segment(starts=there[0] == 0, ends=there[-1] == len(order) - 1, hole=there[-1] - there[0] + 1 != len(there))
 
 
 _WIDE: Mapping[str, Tuple[str, str]] = {

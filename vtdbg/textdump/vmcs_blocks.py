@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 from vtdbg.textdump.lines import Line, Lines, is_gap, shown, word_set
-from vtdbg.textdump.model import Builder, TextDump, in_field_order
+from vtdbg.textdump.model import Builder, Segment, TextDump, in_field_order, mixed
 from vtdbg.textdump.phrases import Item, Match, Phrase, Record, Table, phrase, scan_joined, shape, table
 
 KVM, XEN = "KVM dump_vmcs", "Xen vmcs_dump_vcpu"
@@ -78,13 +78,13 @@ def _rows() -> Iterator[Row]:
     for number in range(4):
         yield _row(f"pdptr{number}", f"PDPTR{number} = [0x]{{GUEST_PDPTR{number}:16}}", guest=4)
         yield _row(f"pdpte{number}", f"PDPTE{number} = [0x]{{GUEST_PDPTR{number}:16}}", guest=4)
-    yield _row("rsp", "RSP = 0x{_RSP:16}", weak=True, guest=5, host=41)
+    yield _row("rsp", "RSP = 0x{_RSP:16}", weak=True, symbol=True, guest=5, host=41)
     yield _row("rip", "RIP = 0x{_RIP:16}", weak=True, symbol=True, guest=6, host=41)
     # Xen prints the field and, in parentheses, the register as it has it now: the field counts.
-    yield _row("xen.rsp", "RSP = 0x{GUEST_RSP:16} (0x{now.rsp:16})", guest=5)
-    yield _row("xen.rip", "RIP = 0x{GUEST_RIP:16} (0x{now.rip:16})", guest=6)
-    yield _row("rflags", "RFLAGS=0x{GUEST_RFLAGS:8}", weak=True, guest=7)
-    yield _row("xen.rflags", "RFLAGS=0x{GUEST_RFLAGS:8|16} (0x{now.rflags:8|16})", guest=7)
+    yield _row("xen.rsp", "RSP = 0x{GUEST_RSP:16} (0x{now.rsp:16})", weak=True, guest=5)
+    yield _row("xen.rip", "RIP = 0x{GUEST_RIP:16} (0x{now.rip:16})", weak=True, guest=6)
+    yield _row("rflags", "RFLAGS=0x{GUEST_RFLAGS:8}", weak=True, symbol=True, guest=7)
+    yield _row("xen.rflags", "RFLAGS=0x{GUEST_RFLAGS:8|16} (0x{now.rflags:8|16})", weak=True, guest=7)
     yield _row("dr7", "DR7 = 0x{GUEST_DR7:16}", weak=True, guest=8)
     yield _row("sysenter", "Sysenter RSP=[0x]{_SYSENTER_ESP:16} CS:RIP=[0x]{_SYSENTER_CS:4}:{_SYSENTER_EIP:16}", guest=9, host=47)
     for position, name in enumerate(("CS", "DS", "SS", "ES", "FS", "GS"), 10):
@@ -162,7 +162,7 @@ def _rows() -> Iterator[Row]:
                           "[0x]{ve.eptp_index:4!}", control=77)
 
 
-ALWAYS = frozenset((1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 24, 25, 28, 29, 40, 41, 43, 44, 45, 46, 47, 60, 61))
+ALWAYS = frozenset((1, 2, 3, 5, 6, 7, 8, 9, *range(10, 20), 24, 25, 28, 29, 40, 41, 43, 44, 45, 46, 47, *range(60, 67)))
 """Positions that every version prints, the headers of the host (40) and the controls (60) included."""
 HEADER_POSITION = {GUEST: 0, HOST: 40, CONTROL: 60}
 
@@ -220,6 +220,8 @@ class Event:
     """Line of each item, by the item's offset."""
     data: Tuple[str, ...] = ()
     rip_first: bool = False
+    at_cut: bool = False
+    """The text ends right after it, without a line end."""
 
 
 def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
@@ -233,10 +235,10 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
         if number <= done:
             continue
         line = lines.line(number)
-        plain = _plain_events(line)
+        plain = _plain_event(line.number, line.text) or _wrapped_event(lines, line)
         if plain:
-            events.extend(plain)
-            done = number
+            events.append(plain)
+            done = max(plain.lines.values(), default=number)
             continue
         follow = _Follow(lines, number)
         record, starts = scan_joined(phrases(), line.text, follow.next, lines.ends_cut and number == lines.last)
@@ -251,7 +253,9 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
         known = not record.lead or shape(record.lead) in shapes or not any(character.isalnum() for character in record.lead)
         for match in record.matches:
             if match.good and (match.phrase.strong or (record.clean and known)):
-                events.append(_phrase_event(match, record, starts, number))
+                event = _phrase_event(match, record, starts, number)
+                event.at_cut = lines.ends_cut and number + len(starts) - 1 == lines.last and match is record.matches[-1]
+                events.append(event)
             elif match.phrase.strong:
                 events.append(Event(number, "damaged"))
     events.extend(Event(number, "gap", data=(text,)) for number, text in gaps)
@@ -286,26 +290,44 @@ def _phrase_event(match: Match, record: Record, starts: Sequence[int], number: i
     return Event(where[match.items[0].start], "phrase", anchor, match, where, rip_first=rip_first)
 
 
-def _plain_events(line: Line) -> List[Event]:
+_AROUND = ((_POINTER, "pointer"), (_AREA, "area"), (_DOMAIN, "domain"), (_VCPU, "vcpu"), (_MSR_LIST, "msrlist"), (_MSR, "msr"),
+           (_ENTRY_ERROR, "error"), (_CONTEXT, "context"))
+
+
+def _plain_event(number: int, text: str) -> Optional[Event]:
     """Headers and the lines around a dump."""
-    text = line.text
     header = _HEADER.search(text)
     if header:
         block = HEADERS[header.group(1).lower()]
-        return [Event(line.number, "header", (block, HEADER_POSITION[block]))]
-    for pattern, what in ((_POINTER, "pointer"), (_AREA, "area"), (_DOMAIN, "domain"), (_VCPU, "vcpu"), (_MSR_LIST, "msrlist"), (_MSR, "msr"),
-                          (_ENTRY_ERROR, "error"), (_CONTEXT, "context")):
+        return Event(number, "header", (block, HEADER_POSITION[block]))
+    for pattern, what in _AROUND:
         match = pattern.search(text)
         if match:
-            return [Event(line.number, what, data=tuple(match.groups()))]
+            return Event(number, what, data=tuple(match.groups()))
     if _HEADING.match(text):
-        return [Event(line.number, "heading")]
+        return Event(number, "heading")
     registers = _GPR.findall(text)
     if registers and text.startswith(registers[0][0]):
-        return [Event(line.number, "gpr", data=tuple(part for pair in registers for part in pair))]
+        return Event(number, "gpr", data=tuple(part for pair in registers for part in pair))
     if _FAILURE.search(text):
-        return [Event(line.number, "failure", data=(text,))]
-    return []
+        return Event(number, "failure", data=(text,))
+    return None
+
+
+def _wrapped_event(lines: Lines, line: Line) -> Optional[Event]:
+    """A header that is broken into two lines."""
+    following = lines.next_soft(line.number)
+    if following is None:
+        return None
+    joined = f"{line.text} {following.text}"
+    for pattern in (_HEADER, _POINTER, _AREA, _DOMAIN, _MSR_LIST, _MSR):
+        match = pattern.search(joined)
+        if match and match.start() < len(line.text) < match.end():
+            event = _plain_event(line.number, joined[match.start():match.end()])
+            if event is not None:
+                event.lines = {0: following.number}
+            return event
+    return None
 
 
 _INSIDE = frozenset(("header", "phrase", "msr", "msrlist", "pointer"))
@@ -314,48 +336,85 @@ _HELD = frozenset(("failure", "error"))
 """Xen says what failed before it dumps: such a line belongs to the next dump if one begins before this one goes on."""
 
 
-def _split(events: Sequence[Event]) -> List[List[Event]]:
-    """Events of each dump.  A dump begins with its guest block, or where the order of the blocks goes back."""
-    dumps: List[List[Event]] = []
-    current: List[Event] = []
-    held: List[Event] = []
-    headers: Set[int] = set()
-    last_block, last_line = -1, 0
-    for event in events:
+class _Splitter:
+    """Cuts events into pieces that can each be of one dump: in the order of the blocks, every phrase once."""
+
+    def __init__(self) -> None:
+        self.pieces: List[List[Event]] = []
+        self._current: List[Event] = []
+        self._held: List[Event] = []
+        self._seen: Set[str] = set()
+        self._headers: Set[int] = set()
+        self._last_block = -1
+        self._last_line = 0
+
+    def take(self, event: Event) -> None:
         if event.what in _HELD:
-            held.append(event)
-            continue
-        if current and _begins(event, last_block, last_line, headers):
-            dumps.append(current)
-            current, headers, last_block = [], set(), -1
-        current.extend(held)
-        held = []
-        current.append(event)
+            self._held.append(event)
+            return
+        if self._current and self._begins(event):
+            self.pieces.append(self._current)
+            self._current, self._seen, self._headers, self._last_block = [], set(), set(), -1
+        self._current += self._held + [event]
+        self._held = []
         if event.what in _INSIDE:
-            last_line = event.line
+            self._last_line = event.line
+        if _identity(event):
+            self._seen.add(_identity(event))
         if event.anchor is not None:
-            last_block = max(last_block, event.anchor[0])
+            self._last_block = max(self._last_block, event.anchor[0])
             if event.what == "header":
-                headers.add(event.anchor[0])
-    current.extend(held)
-    return dumps + [current] if current else dumps
+                self._headers.add(event.anchor[0])
+
+    def finish(self) -> List[List[Event]]:
+        self._current += self._held
+        return self.pieces + [self._current] if self._current else self.pieces
+
+    def _begins(self, event: Event) -> bool:
+        """Whether this event cannot be of the piece that is being collected."""
+        if event.what in _INSIDE and self._last_line and event.line - self._last_line > FARTHEST:
+            return True
+        if _identity(event) in self._seen:
+            return True
+        if event.anchor is None:
+            return event.what in _OPENING
+        block = event.anchor[0]
+        if event.what != "header":
+            return block < self._last_block
+        return block in self._headers or block < self._last_block or (block == GUEST and self._last_block == GUEST)
 
 
-def _begins(event: Event, last_block: int, last_line: int, headers: Set[int]) -> bool:
-    """Whether a new dump begins here."""
-    if event.what in _INSIDE and last_line and event.line - last_line > FARTHEST:
-        return True
-    if event.anchor is None:
-        return event.what in _OPENING
-    block = event.anchor[0]
-    if event.what != "header":
-        return block < last_block
-    return block in headers or block < last_block or (block == GUEST and last_block == GUEST)
+def _identity(event: Event) -> str:
+    """What a dump prints once; empty for what it can print twice."""
+    if event.match is None:
+        return ""
+    row = _places()[event.match.phrase.id]
+    return row.phrase.id if len(row.places) < 2 else ""
 
 
-def _between(low: int, high: int) -> int:
-    """How many phrases that are always printed lie strictly between two positions."""
-    return sum(low < position < high for position in ALWAYS)
+def _runs(pieces: Sequence[List[Event]]) -> List[List[List[Event]]]:
+    """Pieces that follow each other with nothing in between that tells them apart."""
+    runs: List[List[List[Event]]] = []
+    last = -FARTHEST
+    for piece in pieces:
+        apart = piece[0].what in ("domain", "vcpu") or piece[0].line - last > FARTHEST
+        if apart or not runs:
+            runs.append([])
+        runs[-1].append(piece)
+        last = piece[-1].line
+    return runs
+
+
+def _as_segment(piece: Sequence[Event]) -> Segment:
+    positions = [event.anchor[1] for event in piece if event.anchor is not None]
+    present: Set[int] = set(positions)
+    for event in piece:
+        if event.match is not None:
+            present.update(place[1] for place in _places()[event.match.phrase.id].places)
+    starts = piece[0].what in _OPENING or (bool(positions) and positions[0] <= 1)
+    low, high = (1 if starts else min(positions, default=1)), max(positions, default=0)
+    hole = any(low < position < high and position not in present for position in ALWAYS)
+    return Segment(starts, high >= 66, hole)
 
 
 def resolve(events: Sequence[Event], index: int) -> Optional[Place]:
@@ -371,36 +430,54 @@ def resolve(events: Sequence[Event], index: int) -> Optional[Place]:
         return (CONTROL, 0, "")
     if len(places) <= 1:
         return places[0] if places else None
-    before, near_before = _anchor(events, index, -1)
-    after, near_after = _anchor(events, index, 1)
-    fitting: List[Tuple[bool, Place]] = []
+    before, after = _neighbour(events, index, -1), _neighbour(events, index, 1)
+    fitting: List[Place] = []
+    beside: List[Place] = []
     for place in places:
         position = place[1]
-        if (before is not None and before > position) or (after is not None and after < position):
+        if (before.position is not None and before.position > position) or (after.position is not None and after.position < position):
             continue
-        beside = (before is not None and near_before and _between(before, position) == 0) \
-            or (after is not None and near_after and _between(position, after) == 0)
-        fitting.append((beside, place))
-    beside_only = [place for beside, place in fitting if beside]
-    if len(beside_only) == 1:
-        return beside_only[0]
-    if len(fitting) == 1 and (before is not None or after is not None):
-        return fitting[0][1]
+        fitting.append(place)
+        if before.beside(position) or after.beside(position):
+            beside.append(place)
+    if len(beside) == 1:
+        return beside[0]
+    if len(fitting) == 1 and (before.position is not None or after.position is not None):
+        return fitting[0]
     return None
 
 
-def _anchor(events: Sequence[Event], index: int, step: int) -> Tuple[Optional[int], bool]:
-    """(position of the nearest phrase in that direction whose place is beyond doubt, nothing is missing in between)."""
-    near = True
-    position = index + step
-    while 0 <= position < len(events):
-        event = events[position]
-        if event.what == "gap":
-            near = False
+@dataclass(frozen=True)
+class _Neighbour:
+    """The nearest phrase in one direction whose place is beyond doubt."""
+
+    position: Optional[int]
+    gap: bool
+    """The text says that lines are missing in between."""
+    present: FrozenSet[int]
+    """Positions that the doubtful phrases in between can have."""
+
+    def beside(self, position: int) -> bool:
+        """Nothing that is always printed is missing between this and `position`."""
+        if self.position is None or self.gap:
+            return False
+        low, high = min(self.position, position), max(self.position, position)
+        return not any(low < other < high and other not in self.present for other in ALWAYS)
+
+
+def _neighbour(events: Sequence[Event], index: int, step: int) -> _Neighbour:
+    gap = False
+    present: Set[int] = set()
+    at = index + step
+    while 0 <= at < len(events):
+        event = events[at]
+        gap |= event.what == "gap"
         if event.anchor is not None:
-            return event.anchor[1], near
-        position += step
-    return None, near
+            return _Neighbour(event.anchor[1], gap, frozenset(present))
+        if event.match is not None:
+            present.update(place[1] for place in _places()[event.match.phrase.id].places)
+        at += step
+    return _Neighbour(None, gap, frozenset(present))
 
 
 def _strong_enough(events: Sequence[Event]) -> bool:
@@ -409,51 +486,78 @@ def _strong_enough(events: Sequence[Event]) -> bool:
                for event in events)
 
 
-def _build(events: Sequence[Event], claimed: Set[int]) -> Optional[TextDump]:
-    inside = [event for event in events if event.what in _INSIDE]
+def _build(pieces: Sequence[Sequence[Event]], claimed: Set[int]) -> Optional[TextDump]:
+    """One dump of its events; of several pieces that were printed at the same time, what they agree on."""
+    inside = [event for piece in pieces for event in piece if event.what in _INSIDE]
     if not inside or not _strong_enough(inside):
         return None
-    builder = Builder("vmcs")
-    unread: Dict[int, str] = {}
-    xen = False
-    lists: Dict[str, List[Tuple[int, int]]] = {}
-    current_list: Optional[str] = None
-    for index, event in enumerate(events):
-        if event.what == "phrase" and event.match is not None:
-            current_list = None
-            place = resolve(events, index)
-            if place is None:
-                unread.setdefault(event.line, "")
-                builder.note(f"line {event.line}: nothing says whether {event.match.items[0].slot.name.strip('_')} is the guest's or the host's")
-                continue
-            xen |= event.match.phrase.id.startswith(("xen", "pdpte", "preemption", "smbase"))
-            _take(builder, event, place, unread)
-        elif event.what == "msrlist":
-            current_list = event.data[0].lower()
-            lists.setdefault(current_list, [])
-            builder.lines.add(event.line)
-        elif event.what == "msr":
-            if current_list is None:
-                unread.setdefault(event.line, "")
-            else:
-                lists[current_list].append((int(event.data[0], 16), int(event.data[1], 16)))
-                builder.lines.add(event.line)
-        elif event.what == "gap":
-            builder.note(f"line {event.line}: {shown(event.data[0], 80)}: lines are missing here")
-            builder.lines.add(event.line)
-        else:
-            xen |= _take_context(builder, event)
+    reading = _Reading(mixed=len(pieces) > 1)
+    for piece in pieces:
+        for index in range(len(piece)):
+            reading.take(piece, index)
+    builder = reading.builder
     if not builder.seen:
         return None
-    if lists:
-        builder.extras["msr_lists"] = lists
-    _finish(builder, events, xen)
+    if reading.lists:
+        builder.extras["msr_lists"] = reading.lists
+    old = any(event.match is not None and event.match.phrase.id.startswith("xen-old") for event in inside)
+    _finish(builder, xen=reading.xen, old=old)
+    if reading.mixed:
+        builder.keep_agreed()
+    values = builder.settled()
+    if not values:
+        return None
     first, last = inside[0].line, max(max([event.line, *event.lines.values()]) for event in inside)
-    claimed |= builder.lines | {event.line for event in inside} - set(unread)
-    return TextDump("vmcs", XEN if xen else KVM, in_field_order("vmcs", builder.settled()), first, last, notes=builder.notes, extras=builder.extras)
+    claimed |= builder.lines | {event.line for event in inside} - reading.unread
+    return TextDump("vmcs", XEN if reading.xen else KVM, in_field_order("vmcs", values), first, last, notes=builder.notes, extras=builder.extras)
 
 
-def _take(builder: Builder, event: Event, place: Place, unread: Dict[int, str]) -> None:
+class _Reading:
+    """The values of one dump, as its events are gone through."""
+
+    def __init__(self, *, mixed: bool) -> None:
+        self.mixed = mixed
+        self.builder = Builder("vmcs")
+        self.unread: Set[int] = set()
+        self.lists: Dict[str, List[Tuple[int, int]]] = {}
+        self.xen = False
+        self._list: Optional[str] = None
+
+    def take(self, piece: Sequence[Event], index: int) -> None:
+        event = piece[index]
+        self.builder.lines.update(event.lines.values() if event.match is None else ())
+        if event.match is not None:
+            self._list = None
+            self._take_phrase(piece, index, event.match)
+        elif event.what == "msrlist":
+            self._list = event.data[0].lower()
+            self.lists.setdefault(self._list, [])
+            self.builder.lines.add(event.line)
+        elif event.what == "msr" and self._list is not None:
+            self.lists[self._list].append((int(event.data[0], 16), int(event.data[1], 16)))
+            self.builder.lines.add(event.line)
+        elif event.what == "gap":
+            self.builder.note(f"line {event.line}: {shown(event.data[0], 80)}: lines are missing here")
+            self.builder.lines.add(event.line)
+        elif event.what in ("msr", "damaged"):
+            self.unread.add(event.line)
+        else:
+            self.xen |= _take_context(self.builder, event)
+
+    def _take_phrase(self, piece: Sequence[Event], index: int, match: Match) -> None:
+        event = piece[index]
+        place = resolve(piece, index)
+        if self.mixed and len(_places()[match.phrase.id].places) > 1:
+            place = None
+        if place is None:
+            self.unread.add(event.line)
+            self.builder.note(f"line {event.line}: nothing says whether {match.items[0].slot.name.strip('_')} is the guest's or the host's")
+            return
+        self.xen |= match.phrase.id.startswith(("xen", "pdpte", "preemption", "smbase"))
+        _take(self.builder, event, place, self.unread)
+
+
+def _take(builder: Builder, event: Event, place: Place, unread: Set[int]) -> None:
     """The values of one phrase."""
     match = event.match
     assert match is not None
@@ -461,7 +565,7 @@ def _take(builder: Builder, event: Event, place: Place, unread: Dict[int, str]) 
     for item in match.items:
         line = event.lines[item.start]
         if item.value is None:
-            unread.setdefault(line, "")
+            unread.add(line)
             continue
         builder.lines.add(line)
         name = item.slot.name
@@ -469,11 +573,14 @@ def _take(builder: Builder, event: Event, place: Place, unread: Dict[int, str]) 
             parts[name] = item.value
         elif match.tag in ("effective", "autoload"):
             _effective(builder, match.tag, item, line)
+        elif event.at_cut and place[2] + name[1:] == "GUEST_IA32_EFER":
+            unread.add(line)
+            builder.note(f"line {line}: the text ends where KVM can say that this EFER is no field: it is not used")
         elif not builder.add_name(place[2] + name[1:] if name.startswith("_") else name, item.value, line):
-            unread.setdefault(line, "")
+            unread.add(line)
     _take_parts(builder, event, parts, match)
     if match.unfinished and match.good < len(match.phrase.slots):
-        unread.setdefault(max(event.lines.values()), "")
+        unread.add(max(event.lines.values()))
 
 
 def _effective(builder: Builder, tag: str, item: Item, line: int) -> None:
@@ -522,7 +629,7 @@ def _take_context(builder: Builder, event: Event) -> bool:
     return event.what in ("area", "domain", "vcpu", "error")
 
 
-def _finish(builder: Builder, events: Sequence[Event], xen: bool) -> None:
+def _finish(builder: Builder, *, xen: bool, old: bool) -> None:
     """What only the whole dump shows."""
     error: Any = builder.extras.get("instruction_error")
     if error:
@@ -530,7 +637,6 @@ def _finish(builder: Builder, events: Sequence[Event], xen: bool) -> None:
         builder.add_name("VM_INSTRUCTION_ERROR", number, line, f"VM{instruction} error")
         builder.remark("VM_EXIT_REASON", f"stale: VM{instruction} failed with error {number}, this is of an earlier exit")
         builder.note(f"VM{instruction} failed with VM-instruction error {number}: reason= and qualification= are of an earlier exit")
-    old = any(event.match is not None and event.match.phrase.id.startswith("xen-old") for event in events)
     if old and builder.has("VM_EXIT_INSTRUCTION_LEN"):
         # vmcs_dump_vcpu of Xen 4.2 prints VM_ENTRY_INSTRUCTION_LEN in this place.
         del builder.seen[_encoding("VM_EXIT_INSTRUCTION_LEN")]
@@ -573,17 +679,29 @@ def _streams(lines: Lines, candidates: Sequence[int]) -> Dict[str, List[int]]:
 
 def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
     """The KVM and Xen VMCS dumps in `lines`.  Adds the lines that were understood to `claimed`."""
-    streams = _streams(lines, candidates)
-    dumps = []
-    for numbers in streams.values():
-        pending: List[Event] = []
-        for events in _split(_events(lines, numbers)):
-            if not _strong_enough(events):
-                # "Domain 1", "VCPU 0" and the failure line belong to the dump after them.
-                pending = [event for event in pending + events if event.what in ("domain", "area", "vcpu", "failure", "error", "pointer")]
-                continue
-            dump = _build(pending + events, claimed)
-            pending = [event for event in events if event.what == "domain"]
-            if dump is not None:
-                dumps.append(dump)
+    dumps: List[TextDump] = []
+    for numbers in _streams(lines, candidates).values():
+        splitter = _Splitter()
+        for event in _events(lines, numbers):
+            splitter.take(event)
+        for run in _with_context(splitter.finish()):
+            if mixed([_as_segment(piece) for piece in run]):
+                found = [_build(run, claimed)]
+            else:
+                found = [_build([piece], claimed) for piece in run]
+            dumps.extend(dump for dump in found if dump is not None)
     return dumps
+
+
+def _with_context(pieces: Sequence[List[Event]]) -> List[List[List[Event]]]:
+    """Runs of dumps.  "Domain 1", "VCPU 0" and the failure line are put to the dump after them."""
+    whole: List[List[Event]] = []
+    pending: List[Event] = []
+    for piece in pieces:
+        if not _strong_enough(piece):
+            pending += [event for event in piece if event.what in _OPENING or event.what in _HELD]
+            continue
+        whole.append(pending + piece)
+        # The domain is said once for all its vCPUs.
+        pending = [event for event in pending + piece if event.what == "domain"]
+    return _runs(whole)
