@@ -374,6 +374,28 @@ def test_registers_and_vmcoreinfo_of_a_kdump(tmp_path: Path) -> None:
         assert machine.details["kernel release"] == "6.1.0"
 
 
+@pytest.mark.parametrize("version", range(1, 7))
+def test_fields_of_later_header_versions_are_not_read_from_earlier_ones(tmp_path: Path, version: int) -> None:
+    """makedumpfile's IMPLEMENTATION: VMCOREINFO came with version 3, notes with 4, 64-bit max_mapnr with 6; what stands there before is not it."""
+    content = bytearray(dumps.kdump([(0x1000, b"v" * PAGE)], notes=dumps.qemu_note(rip=9), vmcoreinfo=b"OSRELEASE=5\n", version=version))
+    if version < 6:
+        struct.pack_into("<Q", content, PAGE + 96, 1 << 40)
+    path = tmp_path / "k"
+    path.write_bytes(content)
+    machine = open_machine(path)
+    with machine.memory as memory:
+        assert memory.read(0x1000, 4) == b"vvvv"
+        assert (len(machine.cpus), "vmcoreinfo" in machine.details) == (version >= 4, version >= 3)
+
+
+def test_diskdump_is_read_without_its_sub_header(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    path.write_bytes(dumps.kdump([(0x1000, b"d" * PAGE)], signature=b"DISKDUMP", version=1, split=1))
+    machine = open_machine(path)
+    with machine.memory as memory:
+        assert (machine.format, memory.read(0x1FFC, 4), machine.cpus) == ("kdump", b"dddd", [])
+
+
 def test_closing_gives_the_file_back(tmp_path: Path) -> None:
     """After `close` reads are refused; a view that somebody still holds stays valid."""
     path = tmp_path / "ram"

@@ -29,6 +29,7 @@ BIOS = (0xFFFF0000, 0x10000)
 RAM_WITHOUT_VGA = [(0, 0xA0000), (0xC0000, RAM - 0xC0000)]
 RANGES: Dict[str, List[Tuple[int, int]]] = {
     "qemu.raw": [(0, RAM)], "qemu.elf": [(0, RAM), BIOS], "qemu-zlib.flat": [(0, RAM), BIOS], "qemu-zlib.kdump": [(0, RAM), BIOS],
+    "qemu32.raw": [(0, 4 << 20)], "qemu32.elf": [(0, 4 << 20), BIOS], "qemu32-zlib.flat": [(0, 4 << 20), BIOS],
     "qemu-paging.elf": [(0, 0xC0000), (0x110000, 0x10000), (0x400000, 0x200000)], "makedumpfile-nozeros.elf": [(0x100000, 0x80000)],
     "makedumpfile-lzo.kdump": [(0, RAM)], "makedumpfile-lzo.flat": [(0, RAM)],
     "ranges.dmp": [(0x1000, 0x9F000), RAM_WITHOUT_VGA[1]],
@@ -63,8 +64,9 @@ def test_every_sample_is_known_to_these_tests() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_is_what_qemu_saved(files: Path, ram: bytes, name: str) -> None:
+def test_memory_is_what_qemu_saved(files: Path, name: str) -> None:
     """Every page below 8 MiB that a file stores equals pmemsave's; the BIOS of this machine is 64 KiB of zeros."""
+    ram = (files / ("qemu32.raw" if name.startswith("qemu32") else "qemu.raw")).read_bytes()
     machine = opened(files, name)
     assert machine.warnings == []
     with machine.memory as memory:
@@ -76,7 +78,7 @@ def test_memory_is_what_qemu_saved(files: Path, ram: bytes, name: str) -> None:
             assert bytes(view) == (ram[address:address + len(view)] if address < RAM else bytes(len(view)))
             seen += len(view)
         # Raw views leave out what a sparse file does not store.
-        assert seen == sum(size for _, size in RANGES[name]) or (name == "qemu.raw" and seen < RAM)
+        assert seen == sum(size for _, size in RANGES[name]) or (name.endswith(".raw") and seen < len(ram))
         holes = [start + size for start, size in RANGES[name]]
         for hole in holes:
             with pytest.raises(MemoryUnavailable) as caught:
@@ -129,16 +131,34 @@ def check_registers(cpu: Cpu, text: str) -> None:
     assert cpu.get("efer") is None and cpu.source == "QEMU note"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("qemu-", "makedumpfile")) or name == "qemu.elf"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("qemu", "makedumpfile")) and not name.endswith("raw")])
 def test_registers_are_what_qemu_shows(files: Path, name: str) -> None:
-    truth = json.loads((DATA / "truth.json").read_text())
+    truth = json.loads((DATA / ("truth32.json" if name.startswith("qemu32") else "truth.json")).read_text())
     machine = opened(files, name)
     with machine.memory:
-        assert [cpu.index for cpu in machine.cpus] == [0, 1]
+        assert [cpu.index for cpu in machine.cpus] == list(range(len(truth["info_registers"])))
         for cpu, text in zip(machine.cpus, truth["info_registers"]):
             check_registers(cpu, text)
-        assert machine.cpus[0].get("kernel_gs_base") == 0xFFFFFFFF81234000
-        assert machine.cpus[0].get("cr3") == 0x100000
+        if not name.startswith("qemu32"):
+            assert machine.cpus[0].get("kernel_gs_base") == 0xFFFFFFFF81234000
+            assert machine.cpus[0].get("cr3") == 0x100000
+
+
+@pytest.mark.parametrize("name", ["qemu.elf", "qemu32.elf", "qemu-zlib.kdump"])
+def test_prstatus_alone_gives_the_general_registers(files: Path, tmp_path: Path, name: str) -> None:
+    """Without QEMU's own note there is NT_PRSTATUS, of 64 or 32 bits: general registers and selectors, nothing of the system registers."""
+    content = (files / name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(content.replace(b"QEMU\0\0\0\0", b"XXXX\0\0\0\0"))
+    truth = json.loads((DATA / ("truth32.json" if name.startswith("qemu32") else "truth.json")).read_text())
+    machine = open_machine(path)
+    with machine.memory:
+        assert machine.warnings == []
+        for cpu, text in zip(machine.cpus, truth["info_registers"]):
+            shown = registers_of(text.replace("\r", ""))
+            assert cpu.source == "NT_PRSTATUS note" and cpu.get("cr3") is None
+            for register in ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rip", "rflags", "cs_selector", "ss_selector", "gs_selector"):
+                assert cpu.get(register) == shown[register], register
 
 
 def test_the_kernel_of_a_makedumpfile_dump_is_named(files: Path) -> None:

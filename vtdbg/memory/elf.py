@@ -76,7 +76,7 @@ def read(source: ByteSource) -> Machine:
         warnings.append(f"the file is cut: {size_text(lost)} of {size_text(total + lost)} of memory are missing; reads of them fail")
     if segments.beyond:
         warnings.append(f"{count_text(segments.beyond, 'program header')} with a physical address beyond 52 bits left out")
-    facts = _read_notes(source, segments, kind.bits)
+    facts = _read_notes(source, segments)
     warnings += facts.warnings
     details: Dict[str, str] = {"file size": size_text(source.size), "class": f"ELF{kind.bits}", "program headers": str(count)}
     if facts.cpus:
@@ -147,12 +147,12 @@ def _read_segments(source: ByteSource, kind: _Class, offset: int, count: int) ->
     return _Segments(loads, notes, beyond, unstored)
 
 
-def _read_notes(source: ByteSource, segments: _Segments, bits: int) -> NoteFacts:
+def _read_notes(source: ByteSource, segments: _Segments) -> NoteFacts:
     """All PT_NOTE segments as one: Linux makes one, others may make several."""
     joined = bytearray()
     for offset, size in segments.notes:
         joined += source.slice(offset, min(size, MAX_NOTES - len(joined)))
-    facts = facts_of_notes(memoryview(joined), bits)
+    facts = facts_of_notes(memoryview(joined))
     if any(offset + size > source.size for offset, size in segments.notes):
         facts.warnings.append("the notes lie beyond the end of the file: registers of some processors are missing")
     return facts

@@ -268,7 +268,7 @@ def _read_notes(source: ByteSource, sub: Optional[_SubHeader], header: _Header) 
         if sub.offset_note + sub.size_note > source.size or sub.size_note > MAX_NOTES:
             warnings.append(f"the notes ({sub.size_note:#x} bytes at {sub.offset_note:#x}) lie beyond the end of the file: no registers")
         else:
-            facts = facts_of_notes(source.slice(sub.offset_note, sub.size_note), header.bits)
+            facts = facts_of_notes(source.slice(sub.offset_note, sub.size_note))
             cpus, details = facts.cpus, facts.details
             warnings += facts.warnings
     if sub.size_vmcoreinfo and "vmcoreinfo" not in details and sub.offset_vmcoreinfo + sub.size_vmcoreinfo <= source.size:

@@ -73,10 +73,11 @@ def split_notes(data: memoryview) -> Tuple[List[Note], bool]:
     return notes, False
 
 
-def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
-    """Processors and details out of the notes; `bits` (32 or 64) is the width of NT_PRSTATUS.
+def facts_of_notes(data: memoryview) -> NoteFacts:
+    """Processors and details out of the notes.
 
-    The `QEMU` note has all that NT_PRSTATUS has and the system registers besides, so it wins where both are there.
+    NT_PRSTATUS is told by its size: the class of the file says nothing (QEMU writes ELF64 with notes of an i386).  The `QEMU` note has all
+    that NT_PRSTATUS has and the system registers besides, so it wins where both are there.
     """
     qemu: List[Cpu] = []
     plain: List[Cpu] = []
@@ -93,11 +94,11 @@ def facts_of_notes(data: memoryview, bits: int) -> NoteFacts:
             else:
                 too_many = True
         elif note.name == "CORE" and note.kind == NT_PRSTATUS:
-            names, at, width = (PRSTATUS_64, _PRSTATUS_REGISTERS_64, 8) if bits == 64 else (PRSTATUS_32, _PRSTATUS_REGISTERS_32, 4)
-            if len(note.data) < at + width * len(names):
+            registers = prstatus_registers(note.data)
+            if not registers:
                 warnings.append(f"NT_PRSTATUS of processor {len(plain)} has only {len(note.data):#x} bytes: left out")
             elif len(plain) < MAX_CPUS:
-                plain.append(Cpu(len(plain), prstatus_registers(note.data, names, at, width), "NT_PRSTATUS note"))
+                plain.append(Cpu(len(plain), registers, "NT_PRSTATUS note"))
             else:
                 too_many = True
         elif note.name == "VMCOREINFO":
@@ -133,10 +134,13 @@ def qemu_registers(data: memoryview) -> Dict[str, int]:
     return registers
 
 
-def prstatus_registers(data: memoryview, names: Tuple[str, ...], at: int, width: int) -> Dict[str, int]:
-    """Registers of NT_PRSTATUS: no control registers, no descriptor tables; selectors without their hidden parts."""
-    values = struct.unpack_from(f"<{len(names)}{'Q' if width == 8 else 'I'}", data, at)
-    return {name: value for name, value in zip(names, values) if not name.startswith("orig_")}
+def prstatus_registers(data: memoryview) -> Dict[str, int]:
+    """Registers of NT_PRSTATUS, empty if it is too short: no control registers, no descriptor tables; selectors without their hidden parts."""
+    for names, at, layout in ((PRSTATUS_64, _PRSTATUS_REGISTERS_64, "Q"), (PRSTATUS_32, _PRSTATUS_REGISTERS_32, "I")):
+        values = struct.Struct(f"<{len(names)}{layout}")
+        if len(data) >= at + values.size:
+            return {name: value for name, value in zip(names, values.unpack_from(data, at)) if not name.startswith("orig_")}
+    return {}
 
 
 def vmcoreinfo_details(data: memoryview) -> Dict[str, str]:

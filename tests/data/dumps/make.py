@@ -139,7 +139,7 @@ def connect(path):
     raise RuntimeError(f"nobody listens on {path}")
 
 
-def set_registers(path):
+def set_registers(path, values, width):
     """GDB's remote protocol, packet P: register by number."""
     s = connect(path)
 
@@ -153,12 +153,33 @@ def set_registers(path):
 
     for body in (b"qSupported:xmlRegisters=i386", b"qXfer:features:read:target.xml:0,ffb", b"Hg1"):
         send(body)
-    for number, value in REGISTERS.items():
-        size = 4 if number in (17,) else 8
+    for number, value in values.items():
+        size = 4 if number == 17 else width
         answer = send(b"P%x=%s" % (number, value.to_bytes(size, "little").hex().encode()))
         if b"OK" not in answer:
             raise RuntimeError(f"register {number}: {answer}")
     s.close()
+
+
+def dump_32_bit(out, work):
+    """A processor without long mode: because its BIOS ends at 4 GiB, QEMU makes 64-bit headers of an i386, with 32-bit NT_PRSTATUS notes."""
+    qemu = subprocess.Popen([
+        "qemu-system-i386", "-M", "pc", "-accel", "tcg", "-cpu", "pentium3", "-m", "4M", "-S", "-nodefaults", "-display", "none",
+        "-bios", str(work / "bios"), "-qmp", f"unix:{work}/qmp32,server=on,wait=off", "-chardev", f"socket,path={work}/gdb32,server=on,wait=off,id=g",
+        "-gdb", "chardev:g", "-device", f"loader,file={work}/blob,addr={BLOB_AT:#x},force-raw=on"])
+    try:
+        qmp = Lines(work / "qmp32")
+        set_registers(work / "gdb32", {0: 0x11223344, 3: 0x55667788, 7: 0x99AABBCC, 8: 0x00101234}, 4)
+        qmp("dump-guest-memory", protocol=f"file:{work}/qemu32.elf", paging=False)
+        qmp("dump-guest-memory", protocol=f"file:{work}/qemu32-zlib.flat", paging=False, format="kdump-zlib")
+        qmp("pmemsave", val=0, size=4 << 20, filename=str(work / "qemu32.raw"))
+        texts = [qmp("human-monitor-command", **{"command-line": "info registers"})]
+        (out / "truth32.json").write_text(json.dumps({"info_registers": texts}, indent=1) + "\n")
+        qmp("quit")
+    finally:
+        qemu.kill()
+        qemu.wait()
+    return {name: work / name for name in ("qemu32.elf", "qemu32-zlib.flat", "qemu32.raw")}
 
 
 def main():
@@ -171,7 +192,7 @@ def main():
         "-gdb", "chardev:g", "-device", f"loader,file={work}/blob,addr={BLOB_AT:#x},force-raw=on"])
     try:
         qmp = Lines(work / "qmp")
-        set_registers(work / "gdb")
+        set_registers(work / "gdb", REGISTERS, 8)
         print("formats of this QEMU:", qmp("query-dump-guest-memory-capability")["formats"])
         made = {}
 
@@ -212,6 +233,7 @@ def main():
                 subprocess.run(["makedumpfile", "--message-level", "0", *options, str(work / "vmcore")], stdout=out_file, check=True)
         else:
             subprocess.run(["makedumpfile", "--message-level", "0", *options, str(work / "vmcore"), str(work / name)], check=True)
+    made.update(dump_32_bit(out, work))
     ram = made["qemu.raw"].read_bytes()
     segments = [(0, ram[:0xA0000]), (0xC0000, ram[0xC0000:])]
     regions, image = dumps.vmware_image(segments)
