@@ -258,14 +258,15 @@ def _irregular(shape: _Shape, present: int, entries: "array[int]", judge: _Judge
 
 
 def _close(shape: _Shape, runs: List[_Run], at: int, count: int, entry: int, judge: _Judge) -> None:
-    """Append a run of leaves; one that leaves the legal addresses on the way goes entry by entry."""
+    """Append a run of leaves; one that leaves the legal addresses on the way is taken apart there."""
     if count == 1 or _uniform(shape, entry, count, judge):
         runs.append((at, count, entry, _LEAF))
         return
     for step in range(count):
         here = entry + step * shape.level.page_size
         what = judge.of(here)
-        if what >= _BROKEN and runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == at + step:
+        goes_on = runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == at + step
+        if goes_on and (what >= _BROKEN or step and not (runs[-1][2] ^ here) & ~shape.address):
             runs[-1] = runs[-1][0], runs[-1][1] + 1, runs[-1][2], what
         else:
             runs.append((at + step, 1, here, what))
@@ -282,6 +283,10 @@ class _Frame(NamedTuple):
     entry_address: Optional[int]
     whole: bool
     rows_before: int
+
+
+_Batch = Tuple[List[Range], Optional[int], bool]
+"""(ranges of one table, one a run; where the table lies; whether no two of them are one range)"""
 
 
 class Enumeration:
@@ -322,16 +327,16 @@ class Enumeration:
 
     def __iter__(self) -> Iterator[Range]:
         held: Optional[Range] = None
-        end = after = -1
-        for row in self._rows(_shapes(self._tables, self._apart, exact=False)):
-            start, target, length = row[0], row[1], row[2]
-            if held is not None:
-                joined = self._joined(held, row) if start == end and target == after else None
-                if joined is not None:
-                    row = joined
-                else:
+        for batch, _, apart in self._batches(_shapes(self._tables, self._apart, exact=False)):
+            for row in batch[:1] if apart else batch:
+                joined = self._joined(held, row) if held is not None else None
+                if held is not None and joined is None:
                     yield held
-            held, end, after = row, start + length, target + length
+                held = joined or row
+            if apart and len(batch) > 1 and held is not None:
+                yield held
+                yield from batch[1:-1]
+                held = batch[-1]
         if held is not None:
             yield held
 
@@ -339,16 +344,16 @@ class Enumeration:
         """Every page by itself, with its entry as it is in memory."""
         tables = self._tables
         levels = {level.page_size: level for level in tables.levels}
-        for row in self._rows(_shapes(tables, self._apart, exact=True)):
-            level, size, table = levels[row.page_size], row.page_size, self._table_of_row
-            for step in range(0, row.length, size):
-                start = row.start + step
-                at = None if table is None else table + level.index(start) * level.entry_size
-                yield Leaf(start, row.target + step, size, row.rights, row.attributes + step, at, level.number, row.kind, tables)
+        for batch, table, _ in self._batches(_shapes(tables, self._apart, exact=True)):
+            for row in batch:
+                level, size = levels[row.page_size], row.page_size
+                for step in range(0, row.length, size):
+                    start = row.start + step
+                    at = None if table is None else table + level.index(start) * level.entry_size
+                    yield Leaf(start, row.target + step, size, row.rights, row.attributes + step, at, level.number, row.kind, tables)
 
-    def _rows(self, shapes: Tuple[_Shape, ...]) -> Iterator[Range]:
-        """One range a run of a table, in address order: the traversal that everything else is made of.  `_table_of_row` is where the
-        table lies whose run was given last."""
+    def _batches(self, shapes: Tuple[_Shape, ...]) -> Iterator[_Batch]:
+        """The traversal that everything else is made of: runs of one table after the other, in address order."""
         self._reset()
         structure, tables, first, last = self._structure, self._tables, self._first, self._last
         if structure.root_problem:
@@ -368,9 +373,17 @@ class Enumeration:
             shift, page_size, attributes = shape.level.shift, shape.level.page_size, shape.attributes
             leaf_kind, table_kind = shape.level.leaf, shape.level.table
             sign_bits = 0 if depth else structure.sign_bits
-            self._table_of_row = table_at = None if in_registers and not depth else frame.table
-            for run in frame.runs:
-                index, entries, entry, what = run
+            table_at = None if in_registers and not depth else frame.table
+            batch: List[Range] = []
+            entered = False
+            if whole and leaf_kind is not None and table_kind is None and not self._judges[depth].rules and not leaf_kind.high_address:
+                # All of it is wanted and nothing but pages is in it: no question to ask of an entry.
+                address, grants = leaf_kind.address, leaf_kind.grants
+                batch = [new(Range, (base + (index << shift), entry & address, entries << shift, page_size,
+                                     granted & (entry ^ inverted | grants), entry & attributes, leaf_kind, tables))
+                         for index, entries, entry, _ in frame.runs]
+                rows += len(batch)
+            for index, entries, entry, what in frame.runs:
                 start, length = base + (index << shift), entries << shift
                 if sign_bits:
                     start = sign_extended(start, sign_bits)
@@ -378,31 +391,33 @@ class Enumeration:
                     continue
                 if what == _LEAF:
                     assert leaf_kind is not None
-                    rows += 1
                     if not whole and (start < first or start + length - 1 > last):
                         skip = max(first - start, 0) >> shift << shift
                         length = min(length, ((last - start >> shift) + 1) << shift) - skip
                         start, entry = start + skip, entry + skip
-                    pages[page_size] = pages.get(page_size, 0) + (length >> shift)
-                    target = entry & leaf_kind.address if not leaf_kind.high_address else leaf_kind.address_of(entry)
                     rights = granted & (entry ^ inverted | leaf_kind.grants)
-                    yield new(Range, (start, target, length, page_size, rights, entry & attributes, leaf_kind, tables))
+                    batch.append(Range(start, leaf_kind.address_of(entry), length, page_size, rights, entry & attributes, leaf_kind, tables))
+                    rows += 1
                 elif what == _TABLE:
                     assert table_kind is not None
                     table = table_kind.address_of(entry)
                     if (table, depth + 1) in self._barren:
                         continue
                     at = None if table_at is None else table_at + index * shape.level.entry_size
-                    self._watch_loop(stack, shape.level, run, table, start, at)
+                    self._watch_loop(stack, shape.level, (index, 1, entry, what), table, start, at)
                     runs = self._table(shapes, stack, table, at, start)
                     rights = granted & (entry ^ inverted | table_kind.grants)
-                    all_wanted = first <= start and start + length - 1 <= last
-                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, all_wanted, rows))
+                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, first <= start and start + length - 1 <= last, rows))
                     visited += len(runs)
+                    entered = True
                     break
                 else:
-                    self._broken(stack, shape.level, run, start)
-            else:
+                    self._broken(stack, shape.level, (index, entries, entry, what), start)
+            if batch:
+                pages[page_size] = pages.get(page_size, 0) + (sum([row[2] for row in batch]) >> shift)
+                # Runs that lie side by side differ in some bit; where the tables above take no right away, that bit counts.
+                yield batch, table_at, granted == tables.rights_mask
+            if not entered:
                 stack.pop()
                 if whole and rows == frame.rows_before:
                     self._barren.add((frame.table, depth))
@@ -412,19 +427,18 @@ class Enumeration:
                 return
         self.complete = True
 
-    _table_of_row: Optional[int] = None
-
     def _joined(self, one: Range, two: Range) -> Optional[Range]:
-        """One range for two that follow each other in both address spaces, if they mean the same."""
-        if two.rights != one.rights:
+        """One range for two, if they follow each other in both address spaces and mean the same."""
+        length = one.length
+        if two.start != one.start + length or two.target != one.target + length or two.rights != one.rights:
             return None
         if one.page_size == two.page_size and one.attributes == two.attributes:
-            return one._replace(length=one.length + two.length)
+            return one._replace(length=length + two.length)
         if not self._ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
             return None
         # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
         small = one if one.page_size <= two.page_size else two
-        return one._replace(length=one.length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
+        return one._replace(length=length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
 
     def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> List[_Run]:
         """The runs of a table, parsed once; what cannot be read of it is reported once, and taken as not present."""
