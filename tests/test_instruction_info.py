@@ -190,6 +190,18 @@ def test_pseudo_descriptor(identity: int, data: bytes, base: int) -> None:
     assert (found["limit"], found["base"]) == (0xFFF, base)
 
 
+@pytest.mark.parametrize(("operand_size", "base"), [(1, 0x89ABCDEF), (0, 0xABCDEF)])
+def test_pseudo_descriptor_outside_64_bit_mode(operand_size: int, base: int) -> None:
+    """Six bytes; LGDT and LIDT with a 16-bit operand size load 24 bits of base (SDM vol. 2, LGDT/LIDT)."""
+    info = word("ii_gdtr_idtr", IDENTITY=3, SEGMENT=3, ADDRESS_SIZE=1, BASE_REGISTER_INVALID=1, INDEX_REGISTER_INVALID=1, OPERAND_SIZE=operand_size)
+    unpaged = {"VM_ENTRY_CONTROLS": 0, "GUEST_CS_AR_BYTES": 0xC09B, "CPU_BASED_VM_EXEC_CONTROL": 0, "GUEST_CR0": 1, "GUEST_CR4": 0, "GUEST_CR3": 0,
+               "GUEST_DS_BASE": 0}
+    memory = memory_from_segments([(0x5000, bytes(0x800) + struct.pack("<HI", 0x3FF, 0x89ABCDEF))])
+    found = explain_vm_exit(46, 0x5800, info, vmcs=Vmcs.from_values(dict(unpaged)), memory=memory)
+    assert memory_part(found).size == 6
+    assert {fact.label: fact.value for fact in found.group("operand")}["base"] == base
+
+
 def test_destination_operands_are_not_read() -> None:
     """SGDT writes its operand: what lies there now is not its value."""
     info = word("ii_gdtr_idtr", IDENTITY=0, SEGMENT=3, ADDRESS_SIZE=2, BASE_REGISTER_INVALID=1, INDEX_REGISTER_INVALID=1)

@@ -14,6 +14,7 @@ from vtdbg.vmx.exits import explain_vm_exit, reasons
 from vtdbg.vmx.guest import Guest
 from vtdbg.vmx.qualification import Context, apic_register
 from vtdbg.vmx.vmcs import Vmcs
+from vtdbg.x86.operand import GPRS
 
 
 def context(values: Optional[Dict[str, int]] = None, registers: Optional[Dict[str, int]] = None, **rest: Optional[int]) -> Context:
@@ -107,6 +108,22 @@ def test_ept_bits_that_are_undefined() -> None:
     facts = qualification.describe("qual_ept", 0x1C1, off).facts
     assert any(fact.meaning.startswith("undefined while mode-based") for fact in facts)
     assert any("IA32_VMX_EPT_VPID_CAP[22]" in note for note in qualification.describe("qual_ept", 0x781, context()).notes)
+
+
+def test_linear_address_only_where_bit_7_says_so() -> None:
+    """GUEST_LINEAR_ADDRESS of an EPT violation with bit 7 clear is of an older exit (SDM vol. 3, Basic VM-Exit Information)."""
+    for value, written in ((0x181, True), (0x81, True), (0x1, False)):
+        explanation = explain_vm_exit(48, value, guest_linear_address=0x1234, guest_physical_address=0x5000)
+        assert (explanation.fact("guest-linear address") is not None) == written
+        assert ("guest-linear address" in [fact.label for fact in explanation.stale]) != written
+
+
+def test_register_numbers_of_every_table() -> None:
+    """0 RAX, 1 RCX, 2 RDX, 3 RBX, 4 RSP, 5 RBP, 6 RSI, 7 RDI, 8-15 R8-R15, in qualifications and instruction information alike."""
+    rows = [row for name, table in bits.tables().items() if name.startswith(("qual_", "ii_")) for row in table.fields if "RAX" in row.values.values()]
+    assert len(rows) == 18
+    for row in rows:
+        assert [row.values[number] for number in range(16)] == list(GPRS), row
 
 
 def test_ept_violation_without_an_access_cannot_be() -> None:
