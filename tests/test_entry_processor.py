@@ -63,6 +63,10 @@ LENIENT: Sequence[Difference] = (
                "SDM vol. 3, Checks on Guest Non-Register State: pending debug exceptions, bit 14", lambda values: True),
     Difference(("guest.interruptibility.nmi",), "Bochs injects an NMI with virtual NMIs and blocking by NMI",
                "SDM vol. 3, Checks on Guest Non-Register State: interruptibility state, bit 3", lambda values: True),
+    Difference(tuple(f"guest.ss.{check}" for check in ("base", "s", "type", "p", "reserved", "granularity")),
+               "Bochs does not look at a usable SS with a null selector in a 64-bit guest",
+               "SDM vol. 3, Checks on Guest Segment Registers: only the unusable bit exempts SS",
+               lambda values: not _field(values, 0x804) & 0xFFFC and bool(_field(values, 0x4012) & 1 << 9 and _field(values, 0x4816) & 1 << 13)),
     Difference(("controls.event.type", "controls.event.vector"), "Bochs takes type 7 with any vector on a processor without the monitor trap flag",
                "SDM vol. 3, VM-Entry Control Fields: type 7 is reserved there", lambda values: _field(values, 0x4016) >> 8 & 7 == 7),
 )
