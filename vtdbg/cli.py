@@ -34,12 +34,17 @@ def reorder(words: Sequence[str]) -> List[str]:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command; the return value is the exit status."""
-    words = reorder(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = given if given[:1] == ["gdb"] else reorder(given)
     if words[:1] == ["--version"]:
         import vtdbg
 
         print(f"vtdbg {vtdbg.__version__}")
         return 0
+    if words[:1] == ["gdb"]:
+        from vtdbg.targets.start import start_gdb
+
+        return start_gdb(words[1:])
     session = Session()
     try:
         outcome = run_words(words, session, _render)

@@ -31,6 +31,8 @@ class Session:
     caps_name: Optional[str] = None
     evaluate: Optional[Callable[[str], int]] = None
     program: str = "vtdbg"
+    fast: bool = True
+    """A live target's RAM is read directly where that is possible."""
     progress: Optional[Callable[[str], None]] = None
     _machine: Optional[Machine] = None
     _cache: Dict[str, Any] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class Session:
             if self.source.startswith("gdb:"):
                 from vtdbg.targets import connect
 
-                self._machine = connect(self.source)
+                self._machine = connect(self.source, self.fast)
             elif self.source.startswith("sample:"):
                 from vtdbg.samples import open_sample
 
@@ -75,6 +77,7 @@ class Session:
         if (source, form) != (self.source, self.format):
             self._cache.clear()
         self.source, self.format = source, form
+        self.fast = not options.get("no_fast")
         self.layout_name = options.get("layout") or self.layout_name
         self.caps_name = options.get("caps") or self.caps_name
 

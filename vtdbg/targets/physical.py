@@ -27,6 +27,8 @@ class PhysicalMode:
         self.port, self.dialect = port, dialect
         self._before: Optional[bytes] = None
         self._depth = 0
+        self.abandoned = False
+        """The connection was lost while memory packets were physical."""
 
     @property
     def switched(self) -> bool:
@@ -74,6 +76,7 @@ class PhysicalMode:
                 interrupted = error
             except TargetGone:
                 # Nobody is there to be told; the next connection finds the mode as it is and says so.
+                self.abandoned = self.abandoned or self._before == b"0"
                 self._before = None
                 raise
         if interrupted is not None:

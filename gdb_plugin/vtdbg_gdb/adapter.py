@@ -1,0 +1,89 @@
+"""The `gdb` module as a debugger port."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import gdb
+
+from vtdbg.errors import UsageError
+from vtdbg.targets.gdbtext import NO_TARGET, NOT_STOPPED, GdbPort, error_of
+from vtdbg.targets.port import TargetError, TargetGone, unavailable
+
+
+class InProcessPort(GdbPort):
+    """The GDB that this Python runs in.  What GDB raises becomes one of vtdbg's errors."""
+
+    name = "GDB"
+
+    def execute(self, command: str) -> str:
+        try:
+            return str(gdb.execute(command, from_tty=False, to_string=True))
+        except gdb.error as error:
+            raise error_of(str(error), self._where()) from error
+
+    def require_stopped(self) -> None:
+        """TargetError where there is no target, or it runs."""
+        thread = gdb.selected_thread()
+        if thread is None or not thread.is_valid():
+            raise TargetError(NO_TARGET)
+        if thread.is_running():
+            raise TargetError(NOT_STOPPED)
+
+    def packet(self, text: str) -> bytes:
+        send = getattr(self.connection(), "send_packet", None)
+        if send is None:
+            # Before GDB 13, and for targets that are not remote.
+            return super().packet(text)
+        try:
+            return bytes(send(text))
+        except (gdb.error, ValueError, RuntimeError) as error:
+            raise error_of(str(error), self._where()) from error
+
+    @staticmethod
+    def connection() -> Any:
+        return getattr(gdb.selected_inferior(), "connection", None)
+
+    def endpoint(self) -> Optional[str]:
+        connection = self.connection()
+        details = getattr(connection, "details", None)
+        return details.replace("tcp:", "") if details else super().endpoint()
+
+    def _where(self) -> str:
+        return getattr(self.connection(), "details", None) or "HOST:PORT"
+
+    def read_virtual(self, address: int, size: int) -> bytes:
+        try:
+            return bytes(gdb.selected_inferior().read_memory(address, size))
+        except gdb.MemoryError as error:
+            raise unavailable(address, size, str(error)) from error
+        except gdb.error as error:
+            raise self._gone_or(error, address, size) from error
+
+    def write_virtual(self, address: int, data: bytes) -> None:
+        try:
+            gdb.selected_inferior().write_memory(address, data)
+        except gdb.MemoryError as error:
+            raise unavailable(address, len(data), str(error)) from error
+        except gdb.error as error:
+            raise self._gone_or(error, address, len(data)) from error
+
+    def _gone_or(self, error: gdb.error, address: int, size: int) -> Exception:
+        made = error_of(str(error), self._where())
+        return made if isinstance(made, TargetGone) else unavailable(address, size, str(error))
+
+    def evaluate(self, expression: str) -> int:
+        try:
+            value = gdb.parse_and_eval(expression)
+            if value.type.code == gdb.TYPE_CODE_VOID:
+                raise UsageError(f"{expression} has no value")
+            if value.type.strip_typedefs().code in (gdb.TYPE_CODE_FUNC, gdb.TYPE_CODE_ARRAY):
+                value = value.address
+            return int(value.cast(gdb.lookup_type("unsigned long"))) & (1 << 64) - 1
+        except gdb.error as error:
+            made = error_of(str(error), self._where())
+            raise (made if isinstance(made, TargetGone) else UsageError(f"{expression}: {made}")) from error
+
+    def selected(self) -> Optional[int]:
+        thread = gdb.selected_thread()
+        return int(thread.num) if thread is not None else None

@@ -1,0 +1,179 @@
+"""Commands, completion, convenience functions and events of GDB for vtdbg; no decoding is done here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import gdb
+
+from vtdbg.commands import registry
+from vtdbg.errors import VtdbgError
+from vtdbg_gdb.session import GdbSession
+
+SOURCE_OPTIONS = ("-s", "--source")
+
+
+class Front:
+    """What all commands of one GDB share."""
+
+    def __init__(self) -> None:
+        self.session = GdbSession()
+
+    def run(self, words: Sequence[str]) -> None:
+        from vtdbg.commands.run import run_words
+        from vtdbg.commands.session import Session
+
+        session: Any = self.session
+        other = any(word in SOURCE_OPTIONS or word.startswith("--source=") for word in words)
+        if other:
+            session = Session(program="vt", evaluate=self.session.evaluate)
+        try:
+            if other:
+                outcome = run_words(words, session, _render)
+                session.close()
+            else:
+                with session.command():
+                    outcome = run_words(words, session, _render)
+        except VtdbgError as error:
+            raise gdb.GdbError(f"vt: {error}".replace("\n", " ")) from None
+        except KeyboardInterrupt:
+            raise gdb.GdbError("vt: interrupted; the target is as it was") from None
+        finally:
+            if self.session.said:
+                gdb.write(f"! {self.session.said}\n")
+                self.session.said = None
+        gdb.set_convenience_variable("vt_status", outcome.status)
+        if outcome.error:
+            raise gdb.GdbError(outcome.error)
+        gdb.write(outcome.text)
+
+    def complete(self, words: Sequence[str], prefix: str) -> List[str]:
+        sources: Dict[str, Callable[[], Sequence[str]]] = {"field": lambda: _field_names(words[0]), "register": _register_names}
+        return registry.complete(words, prefix, sources)
+
+
+def _field_names(group: str) -> Sequence[str]:
+    if group == "vmcb":
+        from vtdbg.svm import fields as svm_fields
+
+        return [row.name for row in svm_fields.fields().values()]
+    from vtdbg.vmx import fields as vmx_fields
+
+    return [row.name for row in vmx_fields.fields().values()]
+
+
+def _register_names() -> Sequence[str]:
+    from vtdbg import bits
+
+    return sorted(bits.tables())
+
+
+def _render(report: Any, options: Dict[str, Any]) -> str:
+    from vtdbg.render.text import render_text, wants_colour
+
+    choice = options.get("color") or "auto"
+    styled = bool(gdb.parameter("style enabled")) and wants_colour(sys.__stdout__)
+    return render_text(report, options.get("width") or gdb.parameter("width") or 80, styled if choice == "auto" else choice == "always")
+
+
+class VtCommand(gdb.Command):
+    """One word of GDB: `vt` with everything behind it, or a group by its own name."""
+
+    def __init__(self, front: Front, name: str, prefix: Sequence[str], summary: str) -> None:
+        self._front, self._prefix = front, list(prefix)
+        example = registry_example(name)
+        self.__doc__ = (f"{summary}.\n\n`{name}` alone lists what there is, `{example} --help` explains one.\n"
+                        "Numbers can be expressions of GDB ($rax, a symbol); put quotes around one with spaces.")
+        super().__init__(name, gdb.COMMAND_DATA)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        self.dont_repeat()
+        try:
+            words = shlex.split(argument)
+        except ValueError as error:
+            raise gdb.GdbError(f"vt: {error} in {argument!r}") from None
+        self._front.run([*self._prefix, *words])
+
+    def complete(self, text: str, word: Optional[str]) -> Any:
+        typed = text.split()
+        last = typed.pop() if text and not text[-1].isspace() and typed else ""
+        try:
+            found = self._front.complete([*self._prefix, *typed], last)
+        except VtdbgError:
+            return []
+        # GDB replaces only what it takes for the word, which ends at "-" and ".".
+        skipped = len(last) - len(word or "") if last.endswith(word or "") else 0
+        return [item[skipped:] for item in found]
+
+
+def registry_example(name: str) -> str:
+    return {"vt": "vt vmcs dump", "vmcs": "vmcs dump", "vmcb": "vmcb dump", "exit": "vt exit explain"}.get(name, f"{name} VERB")
+
+
+class Function(gdb.Function):
+    """A convenience function: its errors are GDB errors, so that a breakpoint's condition fails loudly."""
+
+    def __init__(self, front: Front, name: str, what: Callable[..., int], help: str) -> None:
+        self._front, self._what = front, what
+        self.__doc__ = help
+        super().__init__(name)
+
+    def invoke(self, *arguments: Any) -> int:
+        plain = [item.string() if item.type.strip_typedefs().code in (gdb.TYPE_CODE_ARRAY, gdb.TYPE_CODE_PTR) and _is_text(item)
+                 else int(item) & (1 << 64) - 1 for item in arguments]
+        try:
+            with self._front.session.command():
+                return self._what(self._front.session, *plain)
+        except VtdbgError as error:
+            raise gdb.GdbError(f"vt: {error}".replace("\n", " ")) from None
+        except TypeError as error:
+            raise gdb.GdbError(f"vt: wrong arguments: {error}") from None
+
+
+def _is_text(value: gdb.Value) -> bool:
+    target = value.type.strip_typedefs().target().strip_typedefs()
+    return target.code in (gdb.TYPE_CODE_INT, gdb.TYPE_CODE_CHAR) and target.sizeof == 1
+
+
+def _lazily(name: str) -> Callable[..., int]:
+    def call(*arguments: Any) -> int:
+        from vtdbg.targets import values
+
+        return int(getattr(values, name)(*arguments))
+
+    return call
+
+
+FUNCTIONS = (
+    ("vmcs", "vmcs_field", 'A field of the VMCS: $vmcs("GUEST_RIP"), or of the one at an address: $vmcs("GUEST_RIP", 0x6826000).'),
+    ("vmcb", "vmcb_field", 'A field of the VMCB: $vmcb("rip"), or of the one at an address: $vmcb("rip", $rax).'),
+    ("gpa", "gpa_of", "$gpa(GVA): the guest-physical address of a guest's linear address."),
+    ("hpa", "hpa_of", "$hpa(GPA): the host-physical address of a guest-physical address, through EPT or NPT."),
+    ("exit_reason", "exit_reason", "$exit_reason(): the basic exit reason of the VMCS, or EXITCODE of the VMCB."),
+)
+
+
+def _defined(word: str) -> bool:
+    """Does GDB have a command of this name (`exit`, `source`)?"""
+    try:
+        gdb.execute(f"help {word}", to_string=True)
+    except gdb.error:
+        return False
+    return True
+
+
+def register() -> None:
+    """Once a GDB: `vt`, the groups whose names GDB does not have, the functions, and the events that end what was read."""
+    front = Front()
+    VtCommand(front, "vt", [], "vtdbg: VMCS, VMCB, EPT, NPT, exits and descriptors of the target")
+    for group, summary in registry.GROUPS.items():
+        if not _defined(group):
+            VtCommand(front, group, [group], summary[:1].upper() + summary[1:])
+    for name, function, help in FUNCTIONS:
+        Function(front, name, _lazily(function), help)
+    for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call"):
+        event = getattr(gdb.events, name, None)
+        if event is not None:
+            event.connect(lambda *_: front.session.forget())

@@ -1,0 +1,91 @@
+"""One GDB as a vtdbg session: the target is looked at when a command needs it, and forgotten when it runs."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import Iterator, Optional, Tuple
+
+from vtdbg.commands.session import Session
+from vtdbg.targets.live import LiveMachine
+from vtdbg.targets.port import TargetGone
+from vtdbg.targets.stub import QUERY, SET
+from vtdbg_gdb.adapter import InProcessPort
+
+PUT_BACK = "the connection was lost while the stub's memory packets were physical; they are virtual again"
+
+
+class GdbSession(Session):
+    """`machine` is the target that GDB is connected to at the moment of the command."""
+
+    def __init__(self) -> None:
+        super().__init__(program="vt")
+        self.port = InProcessPort()
+        self.evaluate = self._evaluate
+        self._live: Optional[LiveMachine] = None
+        self._connection: Tuple[object, ...] = ()
+        self._stack: Optional[ExitStack] = None
+        self._lost_at: Optional[str] = None
+        self.said: Optional[str] = None
+
+    @property
+    def machine(self) -> LiveMachine:
+        self.port.require_stopped()
+        connection = self.port.connection()
+        now = (getattr(connection, "num", None), self.port.endpoint(), self.fast)
+        if self._live is None or self._connection != now:
+            self.leave()
+            self._repair(now[1])
+            self._live, self._connection = LiveMachine(self.port, self.fast), now
+            self._cache.clear()
+        self.source = f"gdb:{self._live.name}"
+        if self._stack is not None:
+            self._stack.enter_context(self._live.reading())
+        self._live.refresh()
+        return self._live
+
+    @property
+    def has_machine(self) -> bool:
+        return self.port.connection() is not None
+
+    @contextmanager
+    def command(self) -> Iterator[None]:
+        """The physical reads of one command share one switch of the stub's mode."""
+        with ExitStack() as stack:
+            self._stack = stack
+            try:
+                yield
+            except TargetGone:
+                self.leave()
+                raise
+            finally:
+                self._stack = None
+
+    def leave(self) -> None:
+        """Forgets the target: it is another one now, or gone.  GDB's connection is GDB's."""
+        live, self._live = self._live, None
+        self._connection = ()
+        self._cache.clear()
+        if live is not None:
+            if live.mode.abandoned:
+                self._lost_at = live.name
+            live.memory.close()
+
+    def _repair(self, endpoint: object) -> None:
+        """A connection that broke in the middle of a read left QEMU in physical mode: it keeps that over a disconnect."""
+        lost, self._lost_at = self._lost_at, None
+        if lost is not None and lost == endpoint and self.port.packet(QUERY) == b"1":
+            self.port.packet(SET + "0")
+            self.said = PUT_BACK
+
+    def forget(self) -> None:
+        self._cache.clear()
+        if self._live is not None:
+            self._live.memory.drop()
+
+    def close(self) -> None:
+        """`configure` calls this when the source changes; GDB's target is not ours to close."""
+
+    def _evaluate(self, expression: str) -> int:
+        if self._live is not None:
+            self._live.mode.virtual()
+        return self.port.evaluate(expression)
