@@ -67,7 +67,7 @@ class Range(NamedTuple):
     def flags(self) -> Tuple[str, ...]:
         """Identifiers of the attributes that are 1, without the memory type."""
         return tuple(row.ident for row in self.kind.bits.fields
-                     if row.kind in ("flag", "number") and row.mask & self.attributes and row.ident not in ("PWT", "PCD", "PAT", "IPAT"))
+                     if row.kind in ("flag", "number") and row.mask & self.attributes and row.ident not in ("PWT", "PCD", "PAT"))
 
 
 class Leaf(NamedTuple):

@@ -302,11 +302,11 @@ PAT_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB", 7: "UC-"}
 def memory_type_of(table: BitTable, entry: int, pat: Optional[int] = None) -> str:
     """The memory type that a leaf entry asks for.
 
-    EPT: "WB", "UC ignore PAT".  Elsewhere "WB" where `pat` (IA32_PAT) is known, else which of its entries decides: "PAT0" to "PAT7".
+    EPT: "WB", which IPAT (a flag of the leaf) makes final.  Elsewhere "WB" where `pat` (IA32_PAT) is known, else which of its entries
+    decides: "PAT0" to "PAT7".
     """
     idents = table.idents()
     if "MEMORY_TYPE" in idents:
-        name = table["MEMORY_TYPE"].meaning(entry)
-        return f"{name} ignore PAT" if table.test(entry, "IPAT") else name
+        return table["MEMORY_TYPE"].meaning(entry)
     index = sum(table.get(entry, ident) << at for at, ident in enumerate(("PWT", "PCD", "PAT")) if ident in idents)
     return f"PAT{index}" if pat is None else PAT_TYPES.get(pat >> 8 * index & 7, f"PAT{index} (reserved type)")

@@ -276,6 +276,12 @@ class Walk:
         return self.steps[-1].level if self.steps else None
 
     @property
+    def ignore_pat(self) -> Optional[bool]:
+        """EPT: the leaf's memory type counts whatever the guest's PAT says (IPAT=1), or the two are combined.  None: there is no such bit."""
+        leaf = self.leaf
+        return None if leaf is None or leaf.entry is None or "IPAT" not in leaf.table.idents() else leaf.table.test(leaf.entry, "IPAT")
+
+    @property
     def leaf(self) -> Optional[Step]:
         """The entry that maps the page; None where the walk did not get there."""
         return self.steps[-1] if self.steps and self.steps[-1].leaf and not self.steps[-1].broken else None
