@@ -8,7 +8,7 @@ from vtdbg import bits, rules
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.rules import Failure, Missing, all_of, any_of, bit_list, mask_of, named_bits
-from vtdbg.vmx.capabilities import VmxCapabilities, msr_name
+from vtdbg.vmx.capabilities import WORD_SOURCES, VmxCapabilities, msr_name
 from vtdbg.vmx.controls import ACTIVATED_BY, WORDS
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -93,7 +93,7 @@ class State:
         """May the control be 1 on this processor?"""
         answer = self.caps.supports(word, ident) if self.caps is not None else None
         if answer is None:
-            raise Missing(f'support of the control "{ident}" (VMX capability MSRs)')
+            raise Missing(msr_name(WORD_SOURCES[word].msr))
         return answer
 
     def cpuid(self, leaf: int, register: str, bit: int, what: str, subleaf: int = 0) -> bool:
