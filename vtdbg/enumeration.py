@@ -88,6 +88,15 @@ class Leaf(NamedTuple):
         return self.tables.letters(self.rights)
 
 
+class Withheld(NamedTuple):
+    """An entry that references a table and takes away `rights` that the entries above it grant; `start` and `length` are what it spans."""
+
+    start: int
+    length: int
+    rights: int
+    path: Tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that a walk would stumble over: `kind` is "misconfiguration" (entries that break rules), "unreadable" (a table that the memory
@@ -293,7 +302,8 @@ class Enumeration:
     """All pages of a structure (an `Ept`, `Npt` or `Paging`) between `first` and `last` (inclusive), in address order.
 
     Iterating yields `Range` rows; `leaves()` yields every `Leaf`.  Each iteration starts afresh and fills `problems` (at most PROBLEM_LIMIT of
-    them, `problem_count` counts all), `tables_read` and `pages` (how many of each size).  A row need not be mapped for everybody: a page
+    them, `problem_count` counts all), `withheld` (at most PROBLEM_LIMIT), `tables_read`, `table_levels` (the level of each table by its
+    address) and `pages` (how many of each size).  A row need not be mapped for everybody: a page
     to which the entries together grant nothing has permissions "---".
 
     `apart` names bits that keep ranges apart although they are usually of no interest: {"A", "D"}.  `ignore_page_size` merges across page
@@ -315,7 +325,9 @@ class Enumeration:
     def _reset(self) -> None:
         self.problems: List[Problem] = []
         self.problem_count = 0
+        self.withheld: List[Withheld] = []
         self.tables_read = 0
+        self.table_levels: Dict[int, int] = {}
         self.pages: Dict[int, int] = {}
         self.complete = False
         self._seen: "OrderedDict[Tuple[int, int], List[_Run]]" = OrderedDict()
@@ -329,7 +341,7 @@ class Enumeration:
         held: Optional[Range] = None
         for batch, _, apart in self._batches(_shapes(self._tables, self._apart, exact=False)):
             for row in batch[:1] if apart else batch:
-                joined = self._joined(held, row) if held is not None else None
+                joined = join(held, row, self._ignore_page_size) if held is not None else None
                 if held is not None and joined is None:
                     yield held
                 held = joined or row
@@ -407,6 +419,8 @@ class Enumeration:
                     self._watch_loop(stack, shape.level, (index, 1, entry, what), table, start, at)
                     runs = self._table(shapes, stack, table, at, start)
                     rights = granted & (entry ^ inverted | table_kind.grants)
+                    if rights != granted and len(self.withheld) < PROBLEM_LIMIT:
+                        self.withheld.append(Withheld(start, length, granted & ~rights, _path(stack, at)))
                     stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, first <= start and start + length - 1 <= last, rows))
                     visited += len(runs)
                     entered = True
@@ -427,19 +441,6 @@ class Enumeration:
                 return
         self.complete = True
 
-    def _joined(self, one: Range, two: Range) -> Optional[Range]:
-        """One range for two, if they follow each other in both address spaces and mean the same."""
-        length = one.length
-        if two.start != one.start + length or two.target != one.target + length or two.rights != one.rights:
-            return None
-        if one.page_size == two.page_size and one.attributes == two.attributes:
-            return one._replace(length=length + two.length)
-        if not self._ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
-            return None
-        # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
-        small = one if one.page_size <= two.page_size else two
-        return one._replace(length=length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
-
     def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> List[_Run]:
         """The runs of a table, parsed once; what cannot be read of it is reported once, and taken as not present."""
         depth = len(stack)
@@ -449,6 +450,8 @@ class Enumeration:
             return known
         shape, registers = shapes[depth], self._structure.registers
         self.tables_read += 1
+        if depth or registers is None:
+            self.table_levels.setdefault(table, shape.level.number)
         try:
             if not depth and registers is not None:
                 data = b"".join(value.to_bytes(shape.level.entry_size, "little") for value in registers)
@@ -513,6 +516,20 @@ class Enumeration:
         self.problem_count += 1
         if len(self.problems) < PROBLEM_LIMIT:
             self.problems.append(problem)
+
+
+def join(one: Range, two: Range, ignore_page_size: bool = False) -> Optional[Range]:
+    """One range for two, if they follow each other in both address spaces and mean the same; None where they do not."""
+    length = one.length
+    if two.start != one.start + length or two.target != one.target + length or two.rights != one.rights:
+        return None
+    if one.page_size == two.page_size and one.attributes == two.attributes:
+        return one._replace(length=length + two.length)
+    if not ignore_page_size or one.flags != two.flags or one.memory_type != two.memory_type:
+        return None
+    # The attributes are compared by name: PAT is bit 7 of a PTE and bit 12 of a large page.
+    small = one if one.page_size <= two.page_size else two
+    return one._replace(length=length + two.length, page_size=small.page_size, attributes=small.attributes, kind=small.kind)
 
 
 def _path(stack: List[_Frame], last: Optional[int]) -> Tuple[int, ...]:
