@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
@@ -57,7 +58,9 @@ def check_vmcs(
         group = Group(
             "vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)}
         )
+        group.blocks += unparsed_block(item.text)
         report.add(group)
+        report.notes += [warning for warning in item.vmcs.warnings if warning not in report.notes] if text is not None else []
         _status(report, findings)
         report.python += _python(session, "vmcs", item.address, text, "vtdbg.check_vm_entry(vmcs, caps, {memory})", memory)
     return report

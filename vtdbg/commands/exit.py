@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional
 
+from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks, read_text
 from vtdbg.commands.session import Session, given_registers
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.explain import Advice, Explanation, Fact
@@ -137,23 +138,23 @@ def _arguments(numbers: Mapping[str, Any], registers: Mapping[str, Optional[int]
 
 def _from_text(report: Report, path: str, index: Optional[int], registers: Mapping[str, Optional[int]], given: Mapping[str, Any]) -> None:
     from vtdbg import textdump
-    from vtdbg.commands.select import read_text
 
     vmx, svm = _split(given)
-    dumps = textdump.parse(read_text(path))
+    dumps = [dump for dump in textdump.parse(read_text(path)) if dump.kind in ("vmcs", "vmcb") and dump.values]
     if not dumps:
-        raise FormatError(path, "no VMCS or VMCB dump in this text")
+        raise FormatError(path, f"no VMCS or VMCB dump in it; looked for {textdump.LOOKED_FOR}")
     if index is not None and not 0 <= index < len(dumps):
         raise UsageError(f"--index {index}: the text has {len(dumps)} dumps, 0 to {len(dumps) - 1}")
     report.header = f"from text {path}"
-    for number, dump in enumerate(dumps):
-        if index is not None and number != index:
-            continue
+    for dump in dumps if index is None else [dumps[index]]:
         if dump.kind == "vmcb":
             found: Explanation = explain_svm_exit(vmcb=dump.vmcb(), registers=registers, **svm)
         else:
             found = vmx_exits.explain_vm_exit(vmcs=dump.vmcs(), registers=registers, **vmx)
-        report.add(explanation_group(found, f"dump {number}, lines {dump.first_line} to {dump.last_line}"))
+        group = explanation_group(found, dump.origin)
+        group.blocks += unparsed_block(dump)
+        report.add(group)
+        report.notes += [note for note in dump.notes if note not in report.notes]
     report.python = ["import vtdbg", "from vtdbg.vmx.exits import explain_vmcs", f"print(explain_vmcs(vtdbg.Vmcs.from_text(open({path!r}).read())))"]
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
 from vtdbg.report import Block, Lines, Table, Value, hexa, text
+
+if TYPE_CHECKING:
+    from vtdbg.textdump import TextDump
+
+UNPARSED_SHOWN = 200
 
 
 class Shown(NamedTuple):
@@ -60,6 +65,26 @@ def _row(row: Shown) -> List[Any]:
         text(row.title),
         Value(not row.why, ""),
     ]
+
+
+def values_table(rows: Iterable[Shown]) -> Table:
+    """Some fields with where their values are from."""
+    columns = (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from"))
+    table = Table("fields", columns, wrap="meaning", headings=False)
+    for row in rows:
+        words = Value(row.meaning, in_words(row), "dim" if row.why else "")
+        table.add(row.name, hexa(row.value, row.digits), words, Value(row.source, short_source(row.source), "dim"))
+    return table
+
+
+def unparsed_block(dump: "Optional[TextDump]") -> List[Block]:
+    """The lines of a log that nobody understood, with their numbers: nothing is dropped silently."""
+    if dump is None or not dump.unparsed:
+        return []
+    rows = Table("unparsed", (("line", "line"), ("text", "text")), title=f"{len(dump.unparsed)} lines were not understood", headings=False)
+    for number, line in dump.unparsed[:UNPARSED_SHOWN]:
+        rows.add(str(number), "".join(letter if " " <= letter <= "~" else "?" for letter in line))
+    return [rows]
 
 
 def in_words(row: Shown) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.scan import Found, relate, scan
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.vmcs import Vmcs
+
+if TYPE_CHECKING:
+    from vtdbg.textdump import TextDump
 
 # SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
 STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
@@ -24,6 +27,7 @@ class VmcsAt:
     address: Optional[int]
     vmcs: Vmcs
     found: Optional[Found] = None
+    text: "Optional[TextDump]" = None
 
     @property
     def title(self) -> str:
@@ -38,6 +42,7 @@ class VmcbAt:
     address: Optional[int]
     vmcb: Vmcb
     found: Optional[Found] = None
+    text: "Optional[TextDump]" = None
 
     @property
     def title(self) -> str:
@@ -53,6 +58,21 @@ def read_text(path: str) -> str:
             return file.read()
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+def text_dumps(path: str, kind: str, index: Optional[int]) -> "List[TextDump]":
+    """The dumps of a kind in a log: all of them, or the one with this index."""
+    from vtdbg import textdump
+
+    try:
+        found = textdump.of_kind(textdump.parse(read_text(path)), kind)
+    except FormatError as error:
+        raise FormatError(path, error.message) from error
+    if index is None:
+        return found
+    if not 0 <= index < len(found):
+        raise UsageError(f"--index {index}: the text has {len(found)} {kind.upper()} dumps, 0 to {len(found) - 1}")
+    return [found[index]]
 
 
 def aligned_page(session: Session, address: int, what: str) -> bytes:
@@ -79,7 +99,7 @@ def found_blocks(session: Session, kind: str) -> List[Found]:
 def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None) -> List[VmcsAt]:
     """The VMCS that the user named, or every real one that a scan finds (pages that hold only a revision id are left out)."""
     if text is not None:
-        return [VmcsAt(None, Vmcs.from_text(read_text(text), index))]
+        return [VmcsAt(None, dump.vmcs(), text=dump) for dump in text_dumps(text, "vmcs", index)]
     if address is not None:
         return [vmcs_at(session, address)]
     chosen = [VmcsAt(found.address, found.vmcs, found) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
@@ -95,7 +115,7 @@ def chosen_vmcb(
 ) -> List[VmcbAt]:
     """The VMCB that the user named, or every one that a scan finds."""
     if text is not None:
-        return [VmcbAt(None, Vmcb.from_text(read_text(text), index))]
+        return [VmcbAt(None, dump.vmcb(), text=dump) for dump in text_dumps(text, "vmcb", index)]
     if address is not None:
         page = aligned_page(session, address, "VMCB")
         return [VmcbAt(address, Vmcb.from_page(page, layout))]

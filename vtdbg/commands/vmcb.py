@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Iterator, List, Optional
 
-from vtdbg.commands.records import Shown, group_tables, in_words, short_source
+from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb, found_blocks
 from vtdbg.commands.session import Session
@@ -66,7 +66,7 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
         for number, warning in enumerate(item.vmcb.warnings):
             facts.add(f"warning{number or ''}", "note", Value(warning, warning, "warn"))
         blocks = group_tables(shown_values(item.vmcb), vmcb_fields.GROUPS, all)
-        report.add(Group("vmcb", item.title, [facts, *blocks], {"address": _hex(item.address)}))
+        report.add(Group("vmcb", item.title, [facts, *blocks, *unparsed_block(item.text)], {"address": _hex(item.address)}))
     return report
 
 
@@ -84,15 +84,7 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
     chosen = chosen_vmcb(session, at, text, index)
     report = _report("vmcb get", session, chosen, text)
     for item in chosen:
-        table = Table("fields", (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from")), wrap="meaning", headings=False)
-        for row in wanted:
-            shown = _shown(item.vmcb, item.vmcb.value(row.offset))
-            table.add(
-                shown.name,
-                hexa(shown.value, shown.digits),
-                Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
-                Value(shown.source, short_source(shown.source), "dim"),
-            )
+        table = values_table(_shown(item.vmcb, item.vmcb.value(row.offset)) for row in wanted)
         report.add(Group("vmcb", item.title, [table], {"address": _hex(item.address)}))
     return report
 

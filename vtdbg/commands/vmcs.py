@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Iterator, List, Optional, Sequence
 
-from vtdbg.commands.records import Shown, group_tables, in_words, short_source
+from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs, found_blocks
 from vtdbg.commands.session import Session, find_layout
@@ -93,7 +93,7 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
     report = _report("vmcs dump", session, chosen, text)
     for item in chosen:
         shown = [value for value in shown_values(item.vmcs) if group is None or value.group in GROUPS[group]]
-        blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all)]
+        blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all), *unparsed_block(item.text)]
         report.add(Group("vmcs", item.title, blocks, {"address": _hex(item.address)}))
     return report
 
@@ -114,15 +114,7 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
     for item in chosen:
         # A field that this VMCS lacks is an error here, not a row: scripts rely on the exit status.
         values = [item.vmcs.value(row.encoding) for row in wanted]
-        table = Table("fields", (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", "from")), wrap="meaning", headings=False)
-        for value in values:
-            shown = _shown(item.vmcs, value)
-            table.add(
-                shown.name,
-                hexa(shown.value, shown.digits),
-                Value(shown.meaning, in_words(shown), "dim" if shown.why else ""),
-                Value(shown.source, short_source(shown.source), "dim"),
-            )
+        table = values_table(_shown(item.vmcs, value) for value in values)
         report.add(Group("vmcs", item.title, [table], {"address": _hex(item.address)}))
     return report
 

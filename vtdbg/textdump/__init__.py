@@ -19,7 +19,7 @@ from vtdbg.textdump.model import Builder, TextDump, TextValue, describe, in_fiel
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.vmcs import Vmcs
 
-__all__ = ["TextDump", "TextValue", "parse", "vmcb_from_text", "vmcs_from_text"]
+__all__ = ["TextDump", "TextValue", "of_kind", "parse", "vmcb_from_text", "vmcs_from_text"]
 
 _WORDS = re.compile(r"[a-z_][a-z0-9_]*")
 _ALPHANUMERIC = re.compile(r"[0-9A-Za-z]")
@@ -82,16 +82,22 @@ def _unparsed(lines: Lines, dump: TextDump, claimed: Set[int]) -> List[Tuple[int
     return found
 
 
-def _choose(dumps: Sequence[TextDump], kind: str, index: Optional[int]) -> TextDump:
-    """The dump that is meant; FormatError where there is none, or several and no index."""
+def of_kind(dumps: Sequence[TextDump], kind: str) -> List[TextDump]:
+    """The dumps of a kind ("vmcs", "vmcb") that hold values; FormatError where there is none, naming what else the text has."""
     found = [dump for dump in dumps if dump.kind == kind and dump.values]
     # Registers that QEMU prints beside a real dump are not a second one.
     found = [dump for dump in found if dump.dialect != registers.QEMU] or found
-    what = kind.upper()
     if not found:
+        what = kind.upper()
         others = [dump for dump in dumps if dump.kind != kind and dump.values]
         hint = f"; it has {describe(others)}" if others else f"; looked for {LOOKED_FOR}"
         raise FormatError("text", f"no {what} dump in it{hint}")
+    return found
+
+
+def _choose(dumps: Sequence[TextDump], kind: str, index: Optional[int]) -> TextDump:
+    """The dump that is meant; FormatError where there is none, or several and no index."""
+    found, what = of_kind(dumps, kind), kind.upper()
     if index is None:
         if len(found) > 1:
             raise FormatError("text", f"{len(found)} {what} dumps in it, choose one by its index: {describe(found)}")
