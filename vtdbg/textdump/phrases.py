@@ -213,6 +213,10 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
             remark_end = end if symbol else remark_end
         foreign = value is None and end < len(text) and not _HIDDEN.match(text, after)
         items.append(Item(slot, value, after, end, doubtful, foreign))
+        if foreign and found and not slot.words:
+            # Columns without labels: what follows a column in another form is not the next column.
+            cursor = end
+            break
         cursor = end
         index = found + 1
     if not items and not unfinished:
@@ -248,9 +252,15 @@ class Record:
     wanting: bool
     """The line seems to go on in the next one."""
 
+    tail_start: int = 0
+
+    def spans(self, boundary: int) -> bool:
+        """What stands before `boundary` goes on after it, whole or not."""
+        return any(match.start < boundary < match.end for match in self.matches) or (self.wanting and self.tail_start < boundary)
+
     def reaches(self, boundary: int) -> bool:
-        """Some phrase begins before `boundary` and has a value or a remark after it."""
-        return any(match.start < boundary and (match.remark_end > boundary or any(item.value is not None and item.start >= boundary - 1
+        """Some phrase begins before `boundary` and has a value, a hidden value or a remark after it."""
+        return any(match.start < boundary and (match.remark_end > boundary or any(not item.foreign and item.start >= boundary - 1
                                                                                   for item in match.items)) for match in self.matches)
 
 
@@ -286,13 +296,14 @@ def scan(rows: Table, text: str, cut: bool = False) -> Record:
         matches.append(best)
         open_end = unfinished
         position = end = max(best.end, word.end())
-    tail = text[end:].lstrip("),").strip()
+    tail = text[end:].lstrip(" ),").strip()
+    tail_start = text.find(tail, end) if tail else len(text)
     clean = clean and not any(item.foreign for match in matches for item in match.items)
     wanting = bool(matches and open_end and not tail) or bool(matches and matches[-1].unfinished) or _is_beginning(rows, tail if matches else text)
     whole = bool(_HARMLESS.match(tail)) or bool(matches and matches[-1].unfinished) or _is_beginning(rows, tail)
     whole = whole or (cut and _is_cut_beginning(rows, tail))
     clean = clean and whole
-    return Record(tuple(matches), lead, tail, clean, wanting)
+    return Record(tuple(matches), lead, tail, clean, wanting, tail_start)
 
 
 def _is_beginning(rows: Table, text: str) -> bool:
@@ -328,7 +339,8 @@ def scan_joined(rows: Table, text: str, extend: Extend, cut: bool = False, limit
     pending: List[int] = []
     boundary = len(text)
     for _ in range(limit):
-        following = extend() if record.matches or record.wanting else None
+        foreign = any(item.foreign for match in record.matches for item in match.items)
+        following = extend() if (record.matches or record.wanting) and not foreign else None
         # A remark or a second value in parentheses can stand on a line of its own; it does not announce itself.
         if following is None or not (record.wanting or pending or following.startswith("(")):
             break
@@ -338,6 +350,6 @@ def scan_joined(rows: Table, text: str, extend: Extend, cut: bool = False, limit
         longer = scan(rows, tried, cut)
         if longer.reaches(boundary) or longer.reaches(joint):
             record, starts, pending, boundary = longer, starts + pending, [], len(tried)
-        elif not longer.wanting:
+        elif not longer.wanting or not longer.spans(joint):
             break
     return record, starts
