@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
-from vtdbg.commands.nested import ACCESS, GPA, LIMIT, RANGE, dump_report, ept_roots, walk_report
+from vtdbg.commands.nested import ACCESS, GPA, ept_roots, walk_report
+from vtdbg.commands.nested_dump import DUMP_OPTIONS, dump_report
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.report import Report
@@ -19,7 +20,7 @@ def walk(session: Session, gpa: int, eptp: Optional[int], vmcs: Optional[int], a
     return walk_report("ept walk", session, ept_roots(session, eptp, vmcs), gpa, access)
 
 
-@verb("ept dump", "everything that the EPT maps, as ranges", EPTP, VMCS, RANGE, LIMIT)
-def dump(session: Session, eptp: Optional[int], vmcs: Optional[int], gpa: Optional[str], limit: int) -> Report:
+@verb("ept dump", "what the EPT maps, as ranges: all of it, or by address, rights, type, size and flags", EPTP, VMCS, *DUMP_OPTIONS)
+def dump(session: Session, eptp: Optional[int], vmcs: Optional[int], **options: Any) -> Report:
     """Neighbours with the same permissions, memory type and page size that go to neighbouring frames are one row."""
-    return dump_report("ept dump", session, ept_roots(session, eptp, vmcs), gpa, limit)
+    return dump_report("ept dump", session, ept_roots(session, eptp, vmcs), **options)

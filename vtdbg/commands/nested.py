@@ -1,19 +1,17 @@
-"""What the `ept` and `npt` verbs share: which tables are meant, and walks and dumps of them as reports."""
+"""What the `ept` and `npt` verbs share: which tables are meant, and walks of them as a report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
 from vtdbg.commands.walks import access_text, walk_group
-from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
-from vtdbg.numbers import parse_range, size_text
-from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
+from vtdbg.report import FINDINGS, Lines, Report, Value
 from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.ept import Ept
@@ -26,6 +24,8 @@ GPA = Arg("gpa", "address", "guest-physical address")
 RANGE = Opt("--gpa", "text", "only this range: A-B or A+SIZE", metavar="RANGE")
 LIMIT = Opt("--limit", "int", "stop after this many rows", default=1000)
 ACCESS = Opt("--access", "text", "what the guest does: r, w, x or a combination (default: nothing is judged but presence)")
+
+ROOT_OPTION = {"ept": "--eptp", "npt": "--ncr3"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,21 @@ def title_of(root: Root, words: str) -> str:
     return f"{words} through {root.title}" + (f" ({', '.join(root.users)})" if root.users else "")
 
 
+def nested_report(command: str, session: Session, roots: Sequence[Root]) -> Report:
+    """The frame of every report on nested tables: where from, how fresh, and the first lines of its Python."""
+    kind = command.split()[0]
+    report = Report(command, header=session.header(), notes=list(session.machine.warnings))
+    if any(root.users for root in roots):
+        report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
+    report.python = [*session.python_open(), "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
+    return report
+
+
+def python_tables(kind: str, root: Root) -> str:
+    """The expression that makes the tables of a root: "Ept(0x1000)"."""
+    return f"{'Ept' if kind == 'ept' else 'Npt'}({root.python})"
+
+
 def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int, access: Optional[str]) -> Report:
     """One walk for each root; status 1 where one of them does not get through."""
     parse_access(access)
@@ -114,100 +129,3 @@ def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int,
         option = "--vmcs or --eptp" if kind == "ept" else "--vmcb or --ncr3"
         report.add(Lines("hint", [Value(None, f"{len(roots)} tables were found and walked; {option} picks one.", "dim")]))
     return report
-
-
-def dump_report(command: str, session: Session, roots: Sequence[Root], gpa: Optional[str], limit: int) -> Report:
-    """All ranges of each root, problems with the path to them, and a line that sums up."""
-    first, end = parse_range(gpa) if gpa else (0, 1 << 64)
-    if limit < 1:
-        raise UsageError(f"--limit {limit}: at least 1 row")
-    kind = command.split()[0]
-    report = Report(command, header=session.header(), notes=list(session.machine.warnings), python=session.python_open())
-    if any(root.users for root in roots):
-        report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
-    report.python += ["from vtdbg.enumeration import ranges", "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
-    for root in roots:
-        group = Group(
-            "tables", title_of(root, "everything mapped" if not gpa else f"GPA {first:#x} to {end - 1:#x}"), [], {"root": f"{root.tables.root:#x}"}
-        )
-        report.add(group)
-        if root.tables.root_problem:
-            group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
-            report.status = FINDINGS
-            continue
-        found = Enumeration(session.machine.memory, root.tables, first, end - 1)
-        table, cut = _range_table(found, limit)
-        group.add(table)
-        if cut:
-            group.add(Lines("cut", [Value(limit, f"... more than {limit} rows: --limit shows more, --gpa a part", "warn")]))
-        else:
-            group.add(Lines("summary", [_summary(found, table)]))
-        if found.problems:
-            group.add(_problem_table(found))
-            report.status = FINDINGS
-        made = f"Ept({root.python})" if kind == "ept" else f"Npt({root.python})"
-        report.python += [
-            f"for row in ranges(machine.memory, {made}):",
-            "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)",
-        ]
-    return report
-
-
-def _range_table(found: Enumeration, limit: int) -> Tuple[Table, bool]:
-    """Up to `limit` rows; True where there are more."""
-    table = Table(
-        "ranges",
-        (
-            ("first", "guest-physical"),
-            ("last", ""),
-            ("target", "host-physical"),
-            ("size", "size"),
-            ("page_size", "pages of"),
-            ("permissions", "perm"),
-            ("memory_type", "type"),
-            ("flags", "flags"),
-        ),
-        empty="nothing is mapped",
-    )
-    for number, row in enumerate(found):
-        if number == limit:
-            return table, True
-        table.add(
-            hexa(row.start, 9),
-            hexa(row.end - 1, 9),
-            hexa(row.target, 9),
-            Value(row.length, size_text(row.length)),
-            Value(row.page_size, size_text(row.page_size)),
-            str(row.permissions),
-            row.memory_type,
-            Value(list(row.flags), " ".join(row.flags)),
-        )
-    return table, False
-
-
-def _summary(found: Enumeration, table: Table) -> Value:
-    total = sum(size * count for size, count in found.pages.items())
-    counts = ", ".join(f"{count} page{'s' * (count != 1)} of {size_text(size)}" for size, count in sorted(found.pages.items()) if count)
-    words = f"{size_text(total)} mapped in {len(table.rows)} ranges ({counts or 'no pages'}); {found.tables_read} tables read"
-    data = {
-        "bytes": total,
-        "ranges": len(table.rows),
-        "pages": {str(size): count for size, count in found.pages.items()},
-        "tables": found.tables_read,
-    }
-    return Value(data, words, "dim")
-
-
-def _problem_table(found: Enumeration) -> Table:
-    table = Table(
-        "problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title="Problems", wrap="text"
-    )
-    for problem in found.problems:
-        table.add(
-            Value(problem.kind, problem.kind, "bad"),
-            hexa(problem.start, 9),
-            Value(problem.length, size_text(problem.length)),
-            problem.text,
-            Value([f"{address:#x}" for address in problem.path], ""),
-        )
-    return table

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
-from vtdbg.commands.nested import ACCESS, GPA, LIMIT, RANGE, dump_report, npt_roots, walk_report
+from vtdbg.commands.nested import ACCESS, GPA, npt_roots, walk_report
+from vtdbg.commands.nested_dump import DUMP_OPTIONS, dump_report
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.report import Report
@@ -19,7 +20,7 @@ def walk(session: Session, gpa: int, ncr3: Optional[int], vmcb: Optional[int], a
     return walk_report("npt walk", session, npt_roots(session, ncr3, vmcb), gpa, access)
 
 
-@verb("npt dump", "everything that the nested tables map, as ranges", NCR3, VMCB, RANGE, LIMIT)
-def dump(session: Session, ncr3: Optional[int], vmcb: Optional[int], gpa: Optional[str], limit: int) -> Report:
+@verb("npt dump", "what the nested tables map, as ranges: all of it, or by address, rights, type, size and flags", NCR3, VMCB, *DUMP_OPTIONS)
+def dump(session: Session, ncr3: Optional[int], vmcb: Optional[int], **options: Any) -> Report:
     """Neighbours with the same permissions, memory type and page size that go to neighbouring frames are one row."""
-    return dump_report("npt dump", session, npt_roots(session, ncr3, vmcb), gpa, limit)
+    return dump_report("npt dump", session, npt_roots(session, ncr3, vmcb), **options)

@@ -1,0 +1,144 @@
+"""`ept dump` and `npt dump`: everything that nested tables map, or the part of it that somebody wants to see."""
+
+from __future__ import annotations
+
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+from vtdbg.commands.nested import LIMIT, RANGE, ROOT_OPTION, Root, nested_report, python_tables, title_of
+from vtdbg.commands.progress import watched
+from vtdbg.commands.registry import Opt
+from vtdbg.commands.session import Session
+from vtdbg.enumeration import Enumeration, Range
+from vtdbg.errors import UsageError
+from vtdbg.nested.filter import Totals, Wanted, counted, matching, parse_wanted
+from vtdbg.numbers import parse_range, size_text
+from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
+
+DUMP_OPTIONS = (
+    RANGE,
+    Opt("--hpa", "text", "only what goes to these host-physical addresses: A-B or A+SIZE", metavar="RANGE"),
+    Opt("--perm", "text", "only pages with these rights: x, rw, !w, r!x, or exactly as printed: r-x", metavar="RIGHTS"),
+    Opt("--type", "text", "only this memory type: uc, wc, wt, wp, wb (npt: pat0 to pat7)"),
+    Opt("--size", "text", "only pages of this size: 4k, 2m, 1g"),
+    Opt("--flag", "text", "only pages with this flag, ! before it for those without (several may be given)", many=True, metavar="NAME"),
+    Opt("--ignore-page-size", "flag", "merge neighbours although their pages differ in size"),
+    LIMIT,
+)
+
+COUNTED = 1 << 20
+"""Rows that are counted for the sum after the limit is reached; hostile tables have more than anybody waits for."""
+
+
+def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: Optional[str] = None, hpa: Optional[str] = None,
+                perm: Optional[str] = None, type: Optional[str] = None, size: Optional[str] = None, flag: Optional[List[str]] = None,
+                ignore_page_size: bool = False, limit: int = 1000) -> Report:
+    """All wanted ranges of each root, problems with the path to them, and a line that sums up."""
+    first, end = parse_range(gpa) if gpa else (0, 1 << 64)
+    if limit < 1:
+        raise UsageError(f"--limit {limit}: at least 1 row")
+    kind = command.split()[0]
+    report = nested_report(command, session, roots)
+    report.python.append("from vtdbg.enumeration import ranges")
+    for root in roots:
+        wanted = parse_wanted(root.tables.tables, perm, hpa, type, size, flag or ())
+        what = _what(gpa, first, end, wanted)
+        group = Group("tables", title_of(root, what), [], {"root": f"{root.tables.root:#x}"})
+        report.add(group)
+        if root.tables.root_problem:
+            group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
+            report.status = FINDINGS
+            continue
+        found, totals = Enumeration(session.machine.memory, root.tables, first, end - 1, apart=wanted.apart), Totals()
+        rows = watched(matching(counted(found, wanted, totals), Wanted(), ignore_page_size), session,
+                       lambda count, row: f"{count} ranges, at {row.start:#x}")
+        table, more, counting = range_table(rows, limit, f"{kind} walk {{:#x}} {ROOT_OPTION[kind]} {root.python}", totals)
+        group.add(table)
+        if more:
+            words = f"... {'at least ' * counting}{more} more rows: --limit shows more, --gpa a part"
+            group.add(Lines("cut", [Value(limit, words, "warn")]))
+        group.add(Lines("summary", [_summary(found, totals, wanted != Wanted(), counting)]))
+        if found.problems:
+            group.add(_problem_table(found))
+            report.status = FINDINGS
+        report.python += [
+            f"for row in ranges(machine.memory, {python_tables(kind, root)}, {first:#x}, {end - 1:#x}):",
+            "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)",
+        ]
+    return report
+
+
+def _what(gpa: Optional[str], first: int, end: int, wanted: Wanted) -> str:
+    words = f"GPA {first:#x} to {end - 1:#x}" if gpa else "everything mapped"
+    return words if wanted == Wanted() else f"{words} that matches"
+
+
+def range_table(rows: Iterator[Range], limit: int, link: str, totals: Totals) -> Tuple[Table, int, bool]:
+    """Up to `limit` rows, each linked to the walk of its first address; how many more there are, and whether counting was given up."""
+    table = Table(
+        "ranges",
+        (
+            ("first", "guest-physical"),
+            ("last", ""),
+            ("target", "host-physical"),
+            ("size", "size"),
+            ("page_size", "pages of"),
+            ("permissions", "perm"),
+            ("memory_type", "type"),
+            ("flags", "flags"),
+        ),
+        empty="nothing is mapped",
+    )
+    more = 0
+    for row in rows:
+        totals.ranges += 1
+        if len(table.rows) == limit:
+            more += 1
+            if more == COUNTED:
+                return table, more, True
+            continue
+        table.add(
+            hexa(row.start, 9, link=link.format(row.start)),
+            hexa(row.end - 1, 9),
+            hexa(row.target, 9, link=f"phys {row.target:#x}"),
+            Value(row.length, size_text(row.length)),
+            Value(row.page_size, size_text(row.page_size)),
+            str(row.permissions),
+            row.memory_type,
+            Value(list(row.flags), " ".join(row.flags)),
+        )
+    return table, more, False
+
+
+def _summary(found: Enumeration, totals: Totals, filtered: bool, counting: bool) -> Value:
+    counts = ", ".join(f"{count} page{'s' * (count != 1)} of {size_text(size)}" for size, count in sorted(totals.pages.items()))
+    types = ", ".join(f"{name} {size_text(size)}" for name, size in sorted(totals.types.items(), key=lambda item: -item[1]))
+    span = f", from {totals.first:#x} to {totals.end - 1:#x}" if totals.first is not None else ""
+    which = f"{totals.ranges} range{'s' * (totals.ranges != 1)}{(' that match' + 'es' * (totals.ranges == 1)) * filtered}"
+    words = (f"{'at least ' * counting}{size_text(totals.bytes)} mapped in {which}{span} ({counts or 'no pages'}"
+             f"{'; ' + types if types else ''}); {found.tables_read} tables read")
+    data = {
+        "bytes": totals.bytes,
+        "ranges": totals.ranges,
+        "pages": {str(size): count for size, count in totals.pages.items()},
+        "types": dict(totals.types),
+        "first": None if totals.first is None else f"{totals.first:#x}",
+        "end": f"{totals.end:#x}",
+        "tables": found.tables_read,
+        "complete": found.complete,
+    }
+    return Value(data, words, "dim")
+
+
+def _problem_table(found: Enumeration) -> Table:
+    table = Table(
+        "problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title="Problems", wrap="text"
+    )
+    for problem in found.problems:
+        table.add(
+            Value(problem.kind, problem.kind, "bad"),
+            hexa(problem.start, 9),
+            Value(problem.length, size_text(problem.length)),
+            problem.text,
+            Value([f"{address:#x}" for address in problem.path], ""),
+        )
+    return table

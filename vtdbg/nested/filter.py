@@ -1,0 +1,169 @@
+"""Which ranges of an enumeration somebody wants to see, and what they sum up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+from vtdbg.enumeration import Range, join
+from vtdbg.errors import UnknownName, UsageError
+from vtdbg.level_tables import PAT_TYPES, Tables
+from vtdbg.names import near_names
+from vtdbg.numbers import parse_range, parse_size, size_text
+
+FLAGS_OF_USE = frozenset(("A", "D"))
+"""Flags that the processor sets: an enumeration keeps pages apart by them only where it is asked to (`Enumeration(apart=)`)."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A page is wanted where everything holds that is given.
+
+    `granted` and `denied` are masks of rights, `targets` (first, end) in bytes of host-physical addresses, `memory_type` as printed ("WB"),
+    `page_size` in bytes, `flags` (identifier, state).
+    """
+
+    granted: int = 0
+    denied: int = 0
+    targets: Optional[Tuple[int, int]] = None
+    memory_type: str = ""
+    page_size: Optional[int] = None
+    flags: Tuple[Tuple[str, bool], ...] = ()
+
+    @property
+    def apart(self) -> FrozenSet[str]:
+        """What the enumeration has to keep apart for this."""
+        return frozenset(name for name, _ in self.flags) & FLAGS_OF_USE
+
+    def part_of(self, row: Range) -> Optional[Range]:
+        """The pages of `row` that are wanted, whole pages; None where there are none."""
+        if row.rights & self.granted != self.granted or row.rights & self.denied:
+            return None
+        if self.page_size is not None and row.page_size != self.page_size:
+            return None
+        if self.memory_type and row.memory_type.upper() != self.memory_type:
+            return None
+        if not all(has_flag(row, name) == state for name, state in self.flags):
+            return None
+        if self.targets is None:
+            return row
+        low, high = self.targets
+        first = max(low - row.target, 0) // row.page_size * row.page_size
+        last = min(-(-(high - row.target) // row.page_size) * row.page_size, row.length)
+        return None if last <= first else row._replace(start=row.start + first, target=row.target + first, length=last - first)
+
+
+def has_flag(row: Range, ident: str) -> bool:
+    return ident in row.kind.bits.idents() and row.kind.bits.test(row.attributes, ident)
+
+
+def matching(rows: Iterable[Range], wanted: Wanted, ignore_page_size: bool = False) -> Iterator[Range]:
+    """The wanted parts of `rows` (which have their page sizes kept apart); with `ignore_page_size`, neighbours merged across sizes afterwards."""
+    held: Optional[Range] = None
+    for row in rows:
+        part = wanted.part_of(row)
+        if part is None:
+            continue
+        joined = join(held, part, ignore_page_size) if held is not None else None
+        if held is not None and joined is None:
+            yield held
+        held = joined or part
+    if held is not None:
+        yield held
+
+
+@dataclass
+class Totals:
+    """What ranges sum up to; bytes by memory type, pages by size."""
+
+    ranges: int = 0
+    pages: Dict[int, int] = field(default_factory=dict)
+    types: Dict[str, int] = field(default_factory=dict)
+    first: Optional[int] = None
+    end: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(size * count for size, count in self.pages.items())
+
+    def add(self, row: Range) -> None:
+        """Count a range whose pages are of one size."""
+        self.pages[row.page_size] = self.pages.get(row.page_size, 0) + row.pages
+        self.types[row.memory_type] = self.types.get(row.memory_type, 0) + row.length
+        self.first = row.start if self.first is None else min(self.first, row.start)
+        self.end = max(self.end, row.end)
+
+
+def counted(rows: Iterable[Range], wanted: Wanted, totals: Totals) -> Iterator[Range]:
+    """The wanted parts of `rows`, each counted on the way: before page sizes are merged."""
+    for row in rows:
+        part = wanted.part_of(row)
+        if part is not None:
+            totals.add(part)
+            yield part
+
+
+# ---- what people type ---------------------------------------------------------------------------------------------------------------
+
+def parse_wanted(tables: Tables, perm: Optional[str] = None, hpa: Optional[str] = None, memory_type: Optional[str] = None,
+                 size: Optional[str] = None, flags: Sequence[str] = ()) -> Wanted:
+    """A filter out of words: perm "x", "rw", "!w", "r!x" or exactly as printed ("r-x"), hpa "A-B" or "A+SIZE", type "uc", size "4k",
+    flags "D", "!SVE".  Raises UsageError or UnknownName with what there is."""
+    granted, denied = parse_permissions(tables, perm) if perm else (0, 0)
+    return Wanted(granted, denied, parse_range(hpa) if hpa else None, _type(memory_type) if memory_type else "",
+                  _size(tables, size) if size else None, tuple(_flag(tables, item) for item in flags))
+
+
+def parse_permissions(tables: Tables, text: str) -> Tuple[int, int]:
+    """(rights that must be granted, rights that must not be)."""
+    letters = [letter for letter, _, _ in tables.rights]
+    words = text.lower().replace(",", "").replace(" ", "")
+    if "-" in words:
+        if len(words) != len(letters) or any(given not in (letter, "-") for given, letter in zip(words, letters)):
+            raise UsageError(f"--perm {text!r}: with a '-' give all {len(letters)} places as printed, out of {''.join(letters)!r}")
+        granted = sum(tables.right(letter) for letter, given in zip(letters, words) if given != "-")
+        return granted, tables.rights_mask & ~granted
+    masks, at = [0, 0], 0
+    while at < len(words):
+        without = words[at] == "!"
+        at += without
+        letter = words[at] if at < len(words) else ""
+        if letter not in letters or not letter:
+            raise UsageError(f"--perm {text!r}: give letters of {''.join(letters)!r} that must be granted, with ! before one that must not")
+        masks[without] |= tables.right(letter)
+        at += 1
+    return masks[0], masks[1]
+
+
+def _type(text: str) -> str:
+    known = [*PAT_TYPES.values(), *(f"PAT{index}" for index in range(8))]
+    if text.upper() not in known:
+        raise UnknownName("memory type", text, near_names(text.upper(), known) or tuple(known))
+    return text.upper()
+
+
+def _size(tables: Tables, text: str) -> int:
+    sizes = [level.page_size for level in reversed(tables.levels) if level.leaf is not None]
+    size = parse_size(text)
+    if size not in sizes:
+        raise UsageError(f"--size {text}: {tables.title} has pages of {', '.join(map(size_text, sizes))}")
+    return size
+
+
+def _flag(tables: Tables, text: str) -> Tuple[str, bool]:
+    known = flag_names(tables)
+    name = text.lstrip("!")
+    found = {ident.upper(): ident for ident in known}.get(name.upper())
+    if found is None:
+        raise UnknownName("flag", name, near_names(name.upper(), known) or tuple(known))
+    return found, not text.startswith("!")
+
+
+def flag_names(tables: Tables) -> List[str]:
+    """Identifiers of the flags that pages of these tables have, rights and page size apart; what is not in use is not one."""
+    names: List[str] = []
+    for level in tables.levels:
+        for row in level.leaf.bits.fields if level.leaf is not None else ():
+            if row.kind == "flag" and row.ident != "PS" and not row.mask & (tables.rights_mask | tables.present) and row.ident not in names:
+                names.append(row.ident)
+    return names
