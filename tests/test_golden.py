@@ -28,6 +28,8 @@ COMMANDS = {
     "ept-walk-absent": ("intel_plain", "ept walk 0x1001000 --vmcs 0x6826000 --access w --caps bochs-2.7-skylake-x"),
     "ept-walk-mmio": ("intel_plain", "ept walk 0xd0000000 --vmcs 0x6826000 --caps bochs-2.7-skylake-x"),
     "ept-dump": ("intel_plain", "ept dump --vmcs 0x6826000 --caps bochs-2.7-skylake-x"),
+    "ept-map": ("intel_plain", "ept map --vmcs 0x6826000 --caps bochs-2.7-skylake-x"),
+    "ept-map-part": ("intel_plain", "ept map --vmcs 0x6826000 --gpa 0-0x40000 --by size"),
     "gva-walk": ("intel_plain", "gva walk 0xffff800000001000 --vmcs 0x6826000 --caps bochs-2.7-skylake-x"),
     "exit-explain": ("intel_plain", "exit explain 0x6826000"),
     "vmcb-list": ("amd_exit", "vmcb list"),
@@ -36,6 +38,7 @@ COMMANDS = {
     "npt-walk": ("amd_exit", "npt walk 0x1000"),
     "npt-walk-mmio": ("amd_exit", "npt walk 0x200000"),
     "npt-dump": ("amd_exit", "npt dump"),
+    "npt-map": ("amd_exit", "npt map"),
     "gva-walk-amd": ("amd_exit", "gva walk 0xffff800000000091"),
     "source-info-elf": ("amd_exit", "source info"),
 }

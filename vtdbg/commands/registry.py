@@ -64,8 +64,8 @@ class Verb:
 MODULES: Mapping[str, Tuple[str, ...]] = {
     "vmcs": ("vmcs", "checks"),
     "vmcb": ("vmcb", "checks"),
-    "ept": ("ept",),
-    "npt": ("npt",),
+    "ept": ("ept", "maps"),
+    "npt": ("npt", "maps"),
     "gva": ("gva",),
     "exit": ("exit",),
     "gdt": ("descriptors",),

@@ -1,0 +1,125 @@
+"""`ept map` and `npt map`: the guest-physical address space as rows of letters."""
+
+from __future__ import annotations
+
+from typing import List, Optional, Sequence
+
+from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, AddressMap, Gap, address_map, chart, marked
+from vtdbg.commands.ept import EPTP, VMCS
+from vtdbg.commands.nested import RANGE, Root, ept_roots, npt_roots, title_of
+from vtdbg.commands.npt import NCR3, VMCB
+from vtdbg.commands.registry import Opt, verb
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
+from vtdbg.commands.session import Session
+from vtdbg.enumeration import Enumeration
+from vtdbg.errors import UsageError
+from vtdbg.numbers import parse_range, size_text
+from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Report, Table, Value, hexa
+
+BY = Opt("--by", "choice", "what the letters stand for", choices=tuple(LETTERS), default="perm")
+ROWS = Opt("--rows", "int", "at most this many rows of 64 letters", default=24)
+MOST_ROWS = 4096
+SHOWN_MARKS = 16
+TITLES = {"perm": "permissions", "type": "memory type", "size": "pages of"}
+
+
+@verb("ept map", "what the EPT maps, as a picture in letters", EPTP, VMCS, RANGE, BY, ROWS)
+def ept_map(session: Session, eptp: Optional[int], vmcs: Optional[int], gpa: Optional[str], by: str, rows: int) -> Report:
+    """Rows of 64 letters, zoomed to what is mapped; rows in which nothing is mapped are left out.  A capital letter stands for a cell that is
+    mapped whole, a small one for a cell that is mapped in part."""
+    return map_report("ept map", session, ept_roots(session, eptp, vmcs), gpa, by, rows)
+
+
+@verb("npt map", "what the nested tables map, as a picture in letters", NCR3, VMCB, RANGE, BY, ROWS)
+def npt_map(session: Session, ncr3: Optional[int], vmcb: Optional[int], gpa: Optional[str], by: str, rows: int) -> Report:
+    """Rows of 64 letters, zoomed to what is mapped; rows in which nothing is mapped are left out.  A capital letter stands for a cell that is
+    mapped whole, a small one for a cell that is mapped in part."""
+    return map_report("npt map", session, npt_roots(session, ncr3, vmcb), gpa, by, rows)
+
+
+def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optional[str], by: str, rows: int) -> Report:
+    """One picture for each root."""
+    if not 1 <= rows <= MOST_ROWS:
+        raise UsageError(f"--rows {rows}: from 1 to {MOST_ROWS}")
+    first, end = parse_range(gpa) if gpa else (0, 1 << 64)
+    kind = command.split()[0]
+    report = Report(command, header=session.header(), notes=list(session.machine.warnings), python=session.python_open())
+    if any(root.users for root in roots):
+        report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
+    report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges",
+                      "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
+    for root in roots:
+        picture = address_map(Enumeration(session.machine.memory, root.tables, first, end - 1))
+        words = "address space" if not gpa else f"GPA {first:#x} to {end - 1:#x}"
+        report.add(Group("maps", title_of(root, words), map_blocks(picture, by, rows), {"root": f"{root.tables.root:#x}"}))
+        if picture.found.problems:
+            report.status = FINDINGS
+        made = f"Ept({root.python})" if kind == "ept" else f"Npt({root.python})"
+        report.python.append(f"print(chart(address_map(ranges(machine.memory, {made}, {first:#x}, {end - 1:#x})).pieces, {by!r}, rows={rows}))")
+    return report
+
+
+def map_blocks(picture: AddressMap, by: str = "perm", rows: int = 24) -> List[Block]:
+    """The rows, their scale, the legend, what was taken together, and the places that deserve a look."""
+    drawn = chart(picture.pieces, by, rows=rows)
+    if not drawn.lines:
+        return [Lines("rows", [Value([], "nothing is mapped")])]
+    span = len(next(line.cells for line in drawn.lines if not isinstance(line, Gap))) * drawn.cell
+    scale = Value({"cell": drawn.cell, "row": span}, f"a letter is {size_text(drawn.cell)}, a row {size_text(span)}", "dim")
+    table = Table("rows", (("start", "guest-physical"), ("cells", "cells")), headings=False)
+    for line in drawn.lines:
+        if isinstance(line, Gap):
+            table.add(Value(f"{line.start:#x}", "..."), Value("", f"nothing mapped for {size_text(line.end - line.start)}", "dim"))
+        else:
+            table.add(hexa(line.start, 12), line.cells)
+    legend = Table("legend", (("letter", "letter"), ("meaning", "meaning")), headings=False)
+    for value, letter in drawn.letters.items():
+        legend.add(letter, f"{TITLES[by]} {value}")
+    for mark in drawn.special:
+        legend.add(mark, SPECIAL[mark])
+    if any(letter.islower() for line in drawn.lines if not isinstance(line, Gap) for letter in line.cells):
+        legend.add("a-z", "small letter: mapped in part")
+    return [Lines("scale", [scale]), table, legend, *aggregation(picture), *marks(picture), *problems(picture)]
+
+
+def aggregation(picture: AddressMap) -> List[Block]:
+    """How ranges were taken together, if they were."""
+    if picture.grain == EXACT:
+        return []
+    how = "neighbours that differ in their frames only" if picture.grain == ANY_FRAME else f"everything within blocks of {size_text(picture.grain)}"
+    words = f"{picture.ranges} ranges are too many for a picture: {how} is drawn as one; --gpa A-B shows a part in full"
+    if picture.grain == ANY_FRAME:
+        words = words.replace(" is drawn as one", " are drawn as one")
+    return [Lines("aggregated", [Value({"ranges": picture.ranges, "grain": picture.grain}, words, "warn")])]
+
+
+def marks(picture: AddressMap) -> List[Block]:
+    """Execute-only pages and pages without execute, where those are few."""
+    table = Table("marks", (("start", "guest-physical"), ("target", "host-physical"), ("size", "size"), ("permissions", "perm"), ("what", "what")),
+                  title="Execute-only, and read-write without execute")
+    more = 0
+    for piece in picture.pieces:
+        for meaning in piece.meanings:
+            what = marked(meaning)
+            if not what:
+                continue
+            if len(table.rows) == SHOWN_MARKS:
+                more += 1
+                continue
+            target: Cell = hexa(piece.target, 9) if piece.target is not None else "several"
+            table.add(hexa(piece.start, 9), target, Value(piece.end - piece.start, size_text(piece.end - piece.start)), meaning.permissions, what)
+    if not table.rows:
+        return []
+    return [table, *([Lines("more_marks", [Value(more, f"... and {more} more", "dim")])] if more else [])]
+
+
+def problems(picture: AddressMap) -> List[Block]:
+    """The first problems by place; `dump` has all of them with the path."""
+    found = picture.found
+    if not found.problems:
+        return []
+    table = Table("problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what")), title="Problems", wrap="text")
+    for problem in found.problems[:SHOWN_MARKS]:
+        table.add(Value(problem.kind, problem.kind, "bad"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)), problem.text)
+    more = found.problem_count - len(table.rows)
+    return [table, *([Lines("more_problems", [Value(more, f"... and {more} more: `dump` lists them", "dim")])] if more > 0 else [])]
