@@ -1,7 +1,11 @@
-"""Start-up: what `import vtdbg` and a whole `vmcs list` cost, against bare Python in the same run."""
+"""Start-up: what `import vtdbg` and a whole `vmcs list` cost, against bare Python in the same run.
+
+The processes write .pyc files where they can (an installed package has them), whatever PYTHONDONTWRITEBYTECODE says here.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -19,9 +23,10 @@ PACKED = Path(__file__).parent.parent / "vtdbg" / "data" / "samples" / "kvm-vmx.
 def timed(command: Sequence[str]) -> float:
     """Median seconds of a process, started RUNS times after one that warms up."""
     figures = []
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for _ in range(RUNS + 1):
         start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         figures.append(time.perf_counter() - start)
     return statistics.median(figures[1:])
 

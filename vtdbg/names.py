@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Iterable, List, Tuple
 
 
 def near_names(name: object, known: Iterable[str], limit: int = 3) -> Tuple[str, ...]:
     """Up to `limit` known names that resemble `name`, best first; substring matches count before spelling."""
+    import difflib
+
     wanted = str(name).upper()
     candidates: List[str] = [str(item) for item in known]
     upper = {item.upper(): item for item in candidates}
