@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,11 @@ def others() -> List[str]:
     candidates = [shutil.which(f"python3.{minor}") for minor in range(9, 15)]
     candidates += [str(path) for path in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python"))]
     for path in filter(None, candidates):
-        version = re.search(r"3\.(\d+)", path)
-        if version and 9 <= int(version.group(1)) != sys.version_info[1]:
-            found.setdefault(int(version.group(1)), path)
+        # Asked, because a name on the PATH can be a stub for an interpreter that is not there (pyenv's shims).
+        asked = subprocess.run([path, "-c", "import sys, ensurepip; print(sys.version_info[1])"], capture_output=True, text=True)
+        minor = int(asked.stdout) if asked.returncode == 0 else 0
+        if 9 <= minor != sys.version_info[1]:
+            found.setdefault(minor, path)
     return [found[minor] for minor in sorted({min(found, default=0), max(found, default=0)} - {0})]
 
 
