@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
 from vtdbg.commands.walks import access_text, walk_group
-from vtdbg.errors import UsageError
+from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.report import FINDINGS, Lines, Report, Value
 from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
+from vtdbg.vmx.controls import control
 from vtdbg.vmx.ept import Ept
+from vtdbg.vmx.structures import decode_eptp_list
 from vtdbg.walk import parse_access
 
 if TYPE_CHECKING:
@@ -55,6 +57,30 @@ def ept_roots(session: Session, eptp: Optional[int], vmcs: Optional[int]) -> Lis
     if not roots:
         raise UsageError("; ".join(problems) or "no EPT pointer; give --eptp")
     return list(roots.values())
+
+
+def with_eptp_lists(session: Session, roots: Sequence[Root], further: Sequence[int] = ()) -> Tuple[List[Root], List[str]]:
+    """`roots`, the EPTPs in `further`, and those in the EPTP lists of the VMCSs that use these roots; and what has to be said of the lists."""
+    pointers = {root.tables.eptp: root for root in roots if isinstance(root.tables, Ept)}
+    notes: List[str] = []
+    for eptp in further:
+        pointers.setdefault(eptp, ept_roots(session, eptp, None)[0])
+    for item in (chosen_vmcs(session) if any(root.users for root in roots) else ()):
+        if item.vmcs.get("EPT_POINTER") not in pointers or control(item.vmcs, "vmfunc", "EPTP_SWITCHING") is not True:
+            continue
+        address = item.vmcs.get("EPTP_LIST_ADDRESS")
+        try:
+            entries = () if address is None else decode_eptp_list(session.machine.memory.read_page(address), session.caps)
+        except VtdbgError as error:
+            notes.append(f"the EPTP list of {item.title} was not read: {error}")
+            continue
+        for entry in entries:
+            if entry.eptp and entry.valid:
+                title = f"entry {entry.index} of the EPTP list of {item.title}"
+                root = pointers.setdefault(entry.eptp, Root(Ept(entry.eptp, session.caps), f"EPTP {entry.eptp:#x}", f"{entry.eptp:#x}"))
+                if title not in root.users:
+                    root.users.append(title)
+    return list(pointers.values()), notes
 
 
 def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> List[Root]:

@@ -47,7 +47,7 @@ class Change:
 def diff_ranges(before: Iterable[Range], after: Iterable[Range], aspects: FrozenSet[str] = frozenset(ASPECTS)) -> Iterator[Change]:
     """Changes in address order, neighbours that changed alike as one.  `aspects` are those of ASPECTS that count."""
     held: Optional[Change] = None
-    for start, end, one, two in _segments(iter(before), iter(after)):
+    for start, end, one, two in segments(iter(before), iter(after)):
         change = _change(start, end - start, one, two, aspects)
         if change is None:
             continue
@@ -69,7 +69,7 @@ def side_of(row: Range, address: int) -> Side:
     return Side(row.target + address - row.start, row.permissions, row.memory_type, row.flags, row.page_size)
 
 
-def _segments(before: Iterator[Range], after: Iterator[Range]) -> Iterator[Tuple[int, int, Optional[Range], Optional[Range]]]:
+def segments(before: Iterator[Range], after: Iterator[Range]) -> Iterator[Tuple[int, int, Optional[Range], Optional[Range]]]:
     """(start, end, range of the first side, of the second) wherever either maps something; ends where either side changes its range."""
     one, two = next(before, None), next(after, None)
     at = 0
