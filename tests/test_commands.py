@@ -48,7 +48,10 @@ def test_every_value_of_the_kernels_dump_vmcs_is_in_the_dump(intel_plain: Path, 
     shown = fields("vmcs dump 0x6bd9000 --all", intel_plain)
     text = fields(f"vmcs dump --all --text {Path(__file__).parent / 'data/intel/kvm-bochs27.serial.log'}", intel_plain)
     assert len(said) == 101 and len(text) >= 100
-    assert {name for name, value in text.items() if shown[name] != value} == set()
+    absent = {name for name in text if name not in shown}
+    assert {name for name in text if name in shown and shown[name] != text[name]} == set()
+    # The kernel prints a field that this processor does not have (VMREAD fails, and it prints 0).
+    assert all(text[name] == 0 for name in absent), absent
     assert int(said["GUEST_EFER"], 16) == 0xD01 and "GUEST_IA32_EFER" not in text
     row = data("vmcs dump 0x6bd9000 --all", intel_plain)["vmcs"][0]["fields"]
     assert next(one for one in row if one["name"] == "GUEST_IA32_EFER")["used"] is False
@@ -58,7 +61,7 @@ def test_every_value_of_the_kernels_dump_vmcs_is_in_the_dump(intel_plain: Path, 
 def test_vmcb_dump_is_the_compilers_decode(amd_exit: Path) -> None:
     """DWARF of `struct vmcb`: every scalar of the control area, by value."""
     dwarf = json.loads((Path(__file__).parent / "data/amd/kvm96-exit.vmcb-dwarf.json").read_text())
-    block = data("vmcb dump --all", amd_exit)["vmcb"][0]
+    block = data("vmcb dump", amd_exit)["vmcb"][0]
     by_offset = {int(match.group(1), 16): int(row["value"], 16) for row in block["fields"] if (match := re.search(r"offset (0x[0-9a-f]+)", row["source"]))}
     compared = 0
     for name, member in dwarf.items():

@@ -25,18 +25,23 @@ class Shown(NamedTuple):
     source: str
     why: str = ""
     note: str = ""
+    doubtful: bool = False
+    """Whether it counts depends on what is not known here (SMM, SEAM, FRED, a VMfail): not worth a line while it is 0."""
 
 
 COLUMNS = (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", ""), ("title", ""), ("used", ""))
 
 
-def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: bool = False) -> List[Block]:
-    """Tables in the order of `titles`.  Fields that do not count and are 0 are left out, counted in the last line, unless `show_all`."""
+def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: bool = False, used_only: bool = False) -> List[Block]:
+    """Tables in the order of `titles`.  What is left out is counted in the last line.
+
+    `used_only` leaves out fields that do not count; without `show_all` those go too that are 0 and count for SMM, SEAM or FRED only.
+    """
     blocks: List[Block] = []
     by_group: Dict[str, List[Shown]] = {key: [] for key in titles}
     hidden = 0
     for value in values:
-        if value.why and value.value == 0 and not show_all:
+        if (used_only and value.why) or (value.doubtful and value.value == 0 and not show_all):
             hidden += 1
         else:
             by_group.setdefault(value.group, []).append(value)
@@ -47,9 +52,8 @@ def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: b
                 table.add(*_row(row))
             blocks.append(table)
     if hidden:
-        blocks.append(
-            Lines("hidden", [Value(hidden, f"{hidden} fields that the controls leave unused are 0 and not shown (--all shows them).", "dim")])
-        )
+        which = "do not count" if used_only else "are 0 and matter for SMM, SEAM, FRED or after a VMfail only"
+        blocks.append(Lines("hidden", [Value(hidden, f"{hidden} fields {which}: not shown{'' if used_only else ' (--all shows them)'}.", "dim")]))
     return blocks
 
 

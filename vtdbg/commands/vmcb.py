@@ -6,8 +6,10 @@ from typing import Iterator, List, Optional
 
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb, found_blocks
+from vtdbg.commands.scanning import scanned_blocks
+from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb
 from vtdbg.commands.session import Session
+from vtdbg.commands.vms import vmcb_vms
 from vtdbg.report import Group, Pairs, Report, Table, Value, hexa, text
 from vtdbg.svm import fields as vmcb_fields
 from vtdbg.svm.gates import unused_because
@@ -26,7 +28,9 @@ def list_(session: Session) -> Report:
     table = Table(
         "vmcb", (("address", "address"), ("kind", "kind"), ("score", "score"), ("summary", "evidence")), empty="no VMCB found", wrap="summary"
     )
-    found = found_blocks(session, "vmcb")
+    found, partial = scanned_blocks(session, ("vmcb",))
+    if partial:
+        report.notes.append(partial)
     for item in found:
         table.add(
             hexa(item.address, link=f"vmcb dump {item.address:#x}"),
@@ -35,6 +39,8 @@ def list_(session: Session) -> Report:
             item.summary,
         )
     report.add(table)
+    read = session.machine.memory.read_page
+    report.add(vmcb_vms([(item.address, Vmcb.from_page(read(item.address))) for item in found if item.classification == "vmcb"]))
     if found:
         report.notes.append(STALE_VMCB)
     report.python = [
@@ -52,9 +58,9 @@ def list_(session: Session) -> Report:
     TEXT,
     INDEX,
     Opt("--vmsa", "flag", "the page is an SEV-ES save area (VMSA), decrypted"),
-    Opt("--all", "flag", "unused fields that are 0 too"),
+    Opt("--used", "flag", "only fields that the processor uses"),
 )
-def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], vmsa: bool, all: bool) -> Report:
+def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], vmsa: bool, used: bool) -> Report:
     """Fields that the controls leave unused are dimmed, with the control that leaves them unused."""
     layout = "vmsa" if vmsa else "vmcb"
     chosen = chosen_vmcb(session, address, text, index, layout)
@@ -65,7 +71,7 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
             facts.add("evidence", "evidence", item.found.summary)
         for number, warning in enumerate(item.vmcb.warnings):
             facts.add(f"warning{number or ''}", "note", Value(warning, warning, "warn"))
-        blocks = group_tables(shown_values(item.vmcb), vmcb_fields.GROUPS, all)
+        blocks = group_tables(shown_values(item.vmcb), vmcb_fields.GROUPS, used_only=used)
         report.add(Group("vmcb", item.title, [facts, *blocks, *unparsed_block(item.text)], {"address": _hex(item.address)}))
     return report
 

@@ -6,9 +6,10 @@ from typing import Dict, Iterator, List, Optional, Sequence
 
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs, found_blocks
+from vtdbg.commands.scanning import scanned_blocks
+from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
 from vtdbg.commands.session import Session, find_layout
-from vtdbg.errors import FormatError, UsageError
+from vtdbg.commands.vms import vmcs_vms
 from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hexa, text
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.gates import gate_of
@@ -18,6 +19,17 @@ from vtdbg.vmx.words import value_in_words
 ADDRESS = Arg("address", "address", "physical address of the VMCS page (default: every one that a scan finds)", nargs="?")
 TEXT = Opt("--text", "path", "take the VMCS from a log (KVM, Xen, hvext, HAXM, VirtualBox); - is the standard input", metavar="FILE")
 INDEX = Opt("--index", "int", "which dump of the text, from 0")
+
+VMREAD_OPTIONS = (
+    Opt("--yes", "flag", "with --vmread: do not ask"),
+    Opt("--assume-host", "flag", "with --vmread: the processor is in the host, although nothing in memory says so"),
+    Opt("--no-patch", "flag", "with --vmread: use a VMREAD that is in the code already instead of writing one at RIP"),
+)
+VMREAD_PYTHON = (
+    "from vtdbg.targets.inject import Injector",
+    "with Injector(machine.port, lambda: None) as target:",
+    "    print(target.vmreads([0x681e]).values)",
+)
 
 GROUPS: Dict[str, tuple[str, ...]] = {
     "guest": ("guest-register", "guest-non-register"),
@@ -38,7 +50,9 @@ def list_(session: Session, rejected: bool) -> Report:
     A revision id alone proves nothing: many pages begin with one by accident.  The score sums the evidence, for and against.
     """
     report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
-    found = found_blocks(session, "vmcs")
+    found, partial = scanned_blocks(session, ("vmcs",))
+    if partial:
+        report.notes.append(partial)
     table = Table(
         "vmcs",
         (("address", "address"), ("kind", "kind"), ("layout", "layout"), ("score", "score"), ("summary", "evidence")),
@@ -54,6 +68,7 @@ def list_(session: Session, rejected: bool) -> Report:
             item.summary,
         )
     report.add(table)
+    report.add(vmcs_vms(found))
     if rejected:
         near = Table(
             "rejected",
@@ -85,15 +100,38 @@ def list_(session: Session, rejected: bool) -> Report:
     TEXT,
     INDEX,
     Opt("--group", "choice", "only these fields", choices=tuple(GROUPS)),
-    Opt("--all", "flag", "unused fields that are 0 too"),
+    Opt("--all", "flag", "every field, also those that are 0 and matter for SMM, SEAM or FRED only"),
+    Opt("--used", "flag", "only fields that the processor uses"),
+    Opt("--vmread", "flag", "live target: the current VMCS by injected VMREADs, whatever its page's layout (asks first)"),
+    *VMREAD_OPTIONS,
 )
-def dump(session: Session, address: Optional[int], text: Optional[str], index: Optional[int], group: Optional[str], all: bool) -> Report:
+def dump(
+    session: Session,
+    address: Optional[int],
+    text: Optional[str],
+    index: Optional[int],
+    group: Optional[str],
+    all: bool,
+    used: bool,
+    vmread: bool,
+    yes: bool,
+    assume_host: bool,
+    no_patch: bool,
+) -> Report:
     """Fields that the controls leave unused are dimmed, with the control that leaves them unused."""
-    chosen = chosen_vmcs(session, address, text, index)
-    report = _report("vmcs dump", session, chosen, text)
+    if vmread:
+        from vtdbg.commands.live import vmread_vmcs
+
+        notes: List[str] = []
+        chosen = [VmcsAt(None, vmread_vmcs(session, address, yes, assume_host, no_patch, notes))]
+        report = Report("vmcs dump", header=session.header(), notes=[*session.machine.warnings, *notes])
+        report.python = [*session.python_open(), *VMREAD_PYTHON]
+    else:
+        chosen = chosen_vmcs(session, address, text, index)
+        report = _report("vmcs dump", session, chosen, text)
     for item in chosen:
         shown = [value for value in shown_values(item.vmcs) if group is None or value.group in GROUPS[group]]
-        blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all), *unparsed_block(item.text)]
+        blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all, used), *unparsed_block(item.text)]
         report.add(Group("vmcs", item.title, blocks, {"address": _hex(item.address)}))
     return report
 
@@ -217,7 +255,8 @@ def shown_values(vmcs: Vmcs) -> Iterator[Shown]:
 
 def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
     field, gate = value.field, gate_of(vmcs, value.field)
-    unused = gate.used is False or (gate.used is None and value.value == 0)
+    doubtful = gate.used is None and value.value == 0
+    unused = gate.used is False or doubtful
     return Shown(
         field.name,
         field.title,
@@ -228,13 +267,6 @@ def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
         value.source,
         why=gate.why if unused else "",
         note="" if unused else gate.why,
+        doubtful=doubtful,
     )
 
-
-def require_one(chosen: List[VmcsAt], what: str) -> VmcsAt:
-    """The only VMCS there is; UsageError that lists the addresses where there are several."""
-    if not chosen:
-        raise FormatError(what, "no VMCS")
-    if len(chosen) > 1:
-        raise UsageError(f"{what}: which VMCS? " + ", ".join(f"{item.address:#x}" for item in chosen if item.address is not None))
-    return chosen[0]
