@@ -57,13 +57,25 @@ def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: b
     return blocks
 
 
+WIDEST = 34
+
+
+def _number(row: Shown, style: str) -> Value:
+    """The value in full width; arrays of bytes (up to 32) without leading zeros and cut, so that the table stays readable.  JSON has them whole."""
+    whole = hexa(row.value, row.digits, style)
+    if row.digits <= 16:
+        return whole
+    words = f"{row.value:#x}"
+    return Value(whole.data, words if len(words) <= WIDEST else words[:WIDEST - 3] + "...", style)
+
+
 def _row(row: Shown) -> List[Any]:
     style = "dim" if row.why else ""
     reserved = "!" in row.meaning
     words = in_words(row)
     return [
         text(row.name, style),
-        hexa(row.value, row.digits, style),
+        _number(row, style),
         Value(row.meaning, words, style or ("warn" if reserved else "")),
         text(row.source),
         text(row.title),
@@ -77,7 +89,7 @@ def values_table(rows: Iterable[Shown]) -> Table:
     table = Table("fields", columns, wrap="meaning", headings=False)
     for row in rows:
         words = Value(row.meaning, in_words(row), "dim" if row.why else "")
-        table.add(row.name, hexa(row.value, row.digits), words, Value(row.source, short_source(row.source), "dim"))
+        table.add(row.name, _number(row, ""), words, Value(row.source, short_source(row.source), "dim"))
     return table
 
 
