@@ -9,6 +9,7 @@ from vtdbg.commands.nested_diff import DIFF_OPTIONS, chosen_sides, diff_report
 from vtdbg.commands.nested_dump import DUMP_OPTIONS, dump_report
 from vtdbg.commands.nested_find import FIND_OPTIONS, HPA, find_report
 from vtdbg.commands.nested_hooks import HOOK_OPTIONS, hooks_report
+from vtdbg.commands.nested_lint import LINT_OPTIONS, lint_report
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.report import Report
@@ -54,3 +55,9 @@ def hooks(session: Session, eptp: Optional[int], vmcs: Optional[int], **options:
     further = options.pop("with") or []
     roots, notes = with_eptp_lists(session, ept_roots(session, eptp, vmcs), further)
     return hooks_report("ept hooks", session, roots, notes=notes, **options)
+
+
+@verb("ept lint", "what is wrong with the EPT: entries, rights, coverage, types, aliases, reachable structures", EPTP, VMCS, *LINT_OPTIONS)
+def lint(session: Session, eptp: Optional[int], vmcs: Optional[int], **options: Any) -> Report:
+    """Each remark with where it is and why it matters.  A check that lacks an input is undecided and names it; nothing is claimed without."""
+    return lint_report("ept lint", session, ept_roots(session, eptp, vmcs), **options)

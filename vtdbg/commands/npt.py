@@ -9,6 +9,7 @@ from vtdbg.commands.nested_diff import DIFF_OPTIONS, chosen_sides, diff_report
 from vtdbg.commands.nested_dump import DUMP_OPTIONS, dump_report
 from vtdbg.commands.nested_find import FIND_OPTIONS, HPA, find_report
 from vtdbg.commands.nested_hooks import HOOK_OPTIONS, hooks_report
+from vtdbg.commands.nested_lint import LINT_OPTIONS, lint_report
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.report import Report
@@ -55,3 +56,9 @@ def hooks(session: Session, ncr3: Optional[int], vmcb: Optional[int], **options:
     known = {root.title for root in roots}
     roots += [root for pointer in options.pop("with") or [] for root in npt_roots(session, pointer, None) if root.title not in known]
     return hooks_report("npt hooks", session, roots, **options)
+
+
+@verb("npt lint", "what is wrong with the nested tables: entries, rights, coverage, types, aliases, reachable structures", NCR3, VMCB, *LINT_OPTIONS)
+def lint(session: Session, ncr3: Optional[int], vmcb: Optional[int], **options: Any) -> Report:
+    """Each remark with where it is and why it matters.  A check that lacks an input is undecided and names it; nothing is claimed without."""
+    return lint_report("npt lint", session, npt_roots(session, ncr3, vmcb), **options)

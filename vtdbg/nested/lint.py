@@ -1,0 +1,400 @@
+"""What is wrong with nested tables, or will be: entry by entry, and against what else is known of the machine.
+
+Every check says only what its inputs bear out; without them it is undecided, and names what is missing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from vtdbg import bits
+from vtdbg.enumeration import Enumeration, Problem, Range
+from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, NPT_MARKER, NPT_MARKER_MASK, describe_mmio
+from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
+from vtdbg.nested.filter import has_flag
+from vtdbg.numbers import size_text
+from vtdbg.vmx.ept import Ept
+from vtdbg.walk import Structure
+from vtdbg.x86.mtrr import Mtrrs
+
+FAIL, NOTE, UNDECIDED, PASS = "fail", "note", "undecided", "pass"
+ROWS = 1 << 20
+REMARKS = 100
+"""Remarks of one check that are kept; `Remark.more` of the last one counts the rest."""
+
+
+class Check(NamedTuple):
+    """`title` is what is looked for, `why` what it does to the guest or the host."""
+
+    title: str
+    why: str
+    see: str
+
+
+CHECKS: Mapping[str, Check] = {
+    "pointer": Check("the pointer to the tables", "VM entry or VMRUN fails",
+                     "SDM vol. 3, Checks on VMX Controls; APM vol. 2, Canonicalization and Consistency Checks"),
+    "entries": Check("entries that break a rule", "the first access there exits with a misconfiguration (EPT) or a nested page fault (NPT)",
+                     "SDM vol. 3, EPT Misconfigurations; APM vol. 2, Nested Paging"),
+    "loop": Check("tables that contain themselves", "guest accesses reach the tables through addresses that nobody meant to map",
+                  "SDM vol. 3, EPT Translation Mechanism"),
+    "lost-rights": Check("rights that a parent takes away", "the leaf grants them and the guest does not get them: all levels have to agree",
+                         "SDM vol. 3, EPT Translation Mechanism; APM vol. 2, Nested Paging"),
+    "ram": Check("RAM that is not mapped", "the first access to it exits; a hypervisor that expects none there hangs or crashes its guest",
+                 "SDM vol. 3, EPT Violations"),
+    "mtrr": Check("memory types against the MTRRs",
+                  "with EPT the MTRRs do not count for guest accesses: the entry's type does, and cached device registers break the device",
+                  "SDM vol. 3, Memory Type Used for Translated Guest-Physical Addresses"),
+    "uncached": Check("everything uncacheable", "every access of the guest goes to memory: it runs far slower than it should",
+                      "SDM vol. 3, EPT and Memory Typing"),
+    "alias": Check("frames that several addresses reach",
+                   "what is written at one address changes the other; different memory types for one frame are undefined behaviour",
+                   "SDM vol. 3, Programming the PAT"),
+    "tables": Check("nested tables that the guest can reach", "a guest that writes there maps itself all of the host's memory",
+                    "SDM vol. 3, EPT Translation Mechanism"),
+    "control-pages": Check("control structures that the guest can reach", "a guest that writes there changes its own intercepts or its VMCS",
+                           "SDM vol. 3, Software Use of the VMCS and Related Structures; APM vol. 2, VMRUN Instruction"),
+    "flags": Check("accessed and dirty flags", "whoever tracks writes by them misses some", "SDM vol. 3, Accessed and Dirty Flags for EPT"),
+    "suppress-ve": Check("suppress-#VE bits", "an EPT violation there becomes a #VE in the guest, or does not, against what the bit seems to say",
+                         "SDM vol. 3, Convertible EPT Violations"),
+}
+"""What is checked, in the order of the report."""
+
+EPT_ONLY = ("mtrr", "uncached", "flags", "suppress-ve")
+"""Nested tables of AMD ask for a PAT entry, and the host's MTRRs count with it: there is no type of their own to compare."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a check found.  `verdict` is "fail", "note" (odd, and often meant so), "undecided" or "pass".
+
+    `start` and `length` are guest-physical, None where it is about no address; `path` the addresses of the entries that lead there; `missing`
+    the inputs without which the check is undecided; `more` how many further ones of the kind were left out.
+    """
+
+    id: str
+    verdict: str
+    message: str
+    start: Optional[int] = None
+    length: int = 0
+    path: Tuple[int, ...] = ()
+    missing: Tuple[str, ...] = ()
+    more: int = 0
+
+    @property
+    def check(self) -> Check:
+        return CHECKS[self.id]
+
+
+class ControlPage(NamedTuple):
+    """Host-physical bytes that no guest should reach: a VMCS, a permission bitmap, ..."""
+
+    address: int
+    size: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks are made against; None is unknown.
+
+    `ram` are guest-physical (start, end) and `ram_source` says whose they are; `host_ram` are the dump's own, which count where the tables map
+    memory to itself.  `control_pages` () means that a scan found none.  `ve`: is "EPT-violation #VE" on in the VMCS?
+    """
+
+    ram: Optional[Sequence[Tuple[int, int]]] = None
+    ram_source: str = ""
+    host_ram: Optional[Sequence[Tuple[int, int]]] = None
+    mtrrs: Optional[Mtrrs] = None
+    control_pages: Optional[Sequence[ControlPage]] = None
+    ve: Optional[bool] = None
+
+
+class _Seen(NamedTuple):
+    """One enumeration of everything, shared by the checks."""
+
+    memory: PhysicalMemory
+    structure: Structure
+    rows: Tuple[Range, ...]
+    found: Enumeration
+    whole: bool
+
+
+def lint(memory: PhysicalMemory, structure: Structure, inputs: Inputs = Inputs()) -> List[Remark]:
+    """Every check on the tables, in the order of CHECKS; never raises for what they hold."""
+    if structure.root_problem:
+        return [Remark("pointer", FAIL, structure.root_problem)]
+    apart = frozenset(("A", "D") if isinstance(structure, Ept) else ())
+    found = Enumeration(memory, structure, apart=apart)
+    rows = tuple(islice(found, ROWS + 1))
+    seen = _Seen(memory, structure, rows[:ROWS], found, found.complete and len(rows) <= ROWS)
+    remarks = [Remark("pointer", PASS, "")]
+    for name, check in _MAKERS.items():
+        if name in EPT_ONLY and not isinstance(structure, Ept):
+            continue
+        made = list(_capped(name, check(seen, inputs)))
+        if not seen.whole and not made:
+            made = [Remark(name, UNDECIDED, "not all of the tables were seen", missing=("the rest of the tables",))]
+        remarks += made or [Remark(name, PASS, "")]
+    return remarks
+
+
+def _capped(name: str, remarks: Iterable[Remark]) -> Iterator[Remark]:
+    held: Optional[Remark] = None
+    kept = more = 0
+    for remark in remarks:
+        if kept < REMARKS:
+            if held is not None:
+                yield held
+            held = remark
+            kept += 1
+        else:
+            more += 1
+    if held is not None:
+        yield replace(held, more=more)
+
+
+# ---- the tables by themselves -------------------------------------------------------------------------------------------------------
+
+def _entries(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    for problem in seen.found.problems:
+        if problem.kind == "misconfiguration":
+            meant = _mmio(seen.structure, problem)
+            words = problem.text + (f"; {meant}" if meant else "")
+            yield Remark("entries", NOTE if meant else FAIL, words, problem.start, problem.length, problem.path)
+        elif problem.kind in ("unreadable", "limit"):
+            yield Remark("entries", UNDECIDED, problem.text, problem.start, problem.length, problem.path, ("the tables' memory",))
+
+
+def _mmio(structure: Structure, problem: Problem) -> str:
+    """KVM makes such entries on purpose, one a page."""
+    if problem.entry is None or problem.level != 1 or problem.entries != 1:
+        return ""
+    marker = (EPT_MARKER, EPT_MARKER_MASK) if isinstance(structure, Ept) else (NPT_MARKER, NPT_MARKER_MASK)
+    return describe_mmio(problem.entry, problem.start, *marker)
+
+
+def _loops(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    for problem in seen.found.problems:
+        if problem.kind == "loop":
+            yield Remark("loop", FAIL, problem.text, problem.start, problem.length, problem.path)
+
+
+_LEAVES = 1 << 17
+"""Leaves that are looked at below entries that take rights away."""
+
+
+def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    """Leaves under an entry that takes something away, which grant it themselves; neighbours with the same loss are one remark."""
+    tables, budget, after = seen.structure.tables, _LEAVES, 0
+    for entry in seen.found.withheld:
+        if entry.start < after:
+            continue
+        start, length, lost = 0, 0, 0
+        for leaf in Enumeration(seen.memory, seen.structure, entry.start, entry.start + entry.length - 1).leaves():
+            budget -= 1
+            if not budget:
+                yield Remark("lost-rights", UNDECIDED, f"the leaves from {leaf.start:#x} on were not compared: there are too many", leaf.start)
+                return
+            own = (leaf.entry ^ tables.inverted | leaf.kind.grants) & tables.rights_mask & ~leaf.rights
+            if own != lost or leaf.start != start + length:
+                if lost:
+                    yield _loss(seen, start, length, lost)
+                start, length, lost = leaf.start, 0, own
+            length += leaf.page_size
+        if lost:
+            yield _loss(seen, start, length, lost)
+        after = entry.start + entry.length
+
+
+def _loss(seen: _Seen, start: int, length: int, lost: int) -> Remark:
+    tables = seen.structure.tables
+    walk = seen.structure.walk(seen.memory, start)
+    takers = [f"level {step.level} {step.name} at {step.address:#x}" for step in walk.steps[:-1]
+              if step.entry is not None and step.address is not None and ~(step.entry ^ tables.inverted) & lost]
+    names = ", ".join(name for _, mask, name in tables.rights if mask & lost)
+    words = f"{size_text(length)} grant {names} in their leaves and lose it in {' and '.join(takers) or 'an entry above'}"
+    return Remark("lost-rights", FAIL, words, start, length, tuple(step.address for step in walk.steps if step.address is not None))
+
+
+def _uncached(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    ept = seen.structure
+    total = sum(row.length for row in seen.rows if row.rights)
+    cached = sum(row.length for row in seen.rows if row.rights and row.memory_type != "UC")
+    if total >= 1 << 20 and not cached and seen.whole:
+        yield Remark("uncached", FAIL, f"all {size_text(total)} are mapped with memory type UC")
+    if isinstance(ept, Ept) and bits.table("eptp").get(ept.eptp, "MEMORY_TYPE") == 0:
+        yield Remark("uncached", NOTE, f"EPTP {ept.eptp:#x} asks for UC accesses to the tables (bits 2:0 are 0): every walk goes to memory")
+
+
+def _flags(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    ept = seen.structure
+    if not isinstance(ept, Ept):
+        return
+    if ept.access_flags:
+        for row in seen.rows:
+            if has_flag(row, "D") and not has_flag(row, "A"):
+                yield Remark("flags", NOTE, "dirty and not accessed: a processor sets both, so software wrote this entry", row.start, row.length)
+        return
+    used = replace(ept, eptp=ept.eptp | bits.table("eptp")["AD"].mask)
+    count = length = 0
+    first: Optional[int] = None
+    for row in islice(Enumeration(seen.memory, used, apart=frozenset(("A", "D"))), ROWS):
+        if has_flag(row, "A") or has_flag(row, "D"):
+            count, length, first = count + 1, length + row.length, row.start if first is None else first
+    if count:
+        words = f"EPTP[6] is 0, and {size_text(length)} have bit 8 or 9 set: the processor ignores them here and never sets them"
+        yield Remark("flags", NOTE, words, first, length)
+
+
+def _suppress(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    usable = [row for row in seen.rows if row.rights]
+    suppressed = sum(row.length for row in usable if has_flag(row, "SVE"))
+    total = sum(row.length for row in usable)
+    if inputs.ve is None:
+        yield Remark("suppress-ve", UNDECIDED, f"{size_text(suppressed)} of {size_text(total)} have bit 63 (suppress #VE) set",
+                     missing=('the secondary control "EPT-violation #VE"',))
+    elif inputs.ve and suppressed == total and total:
+        yield Remark("suppress-ve", NOTE, "EPT-violation #VE is on, and every mapped page suppresses it: no violation of these becomes a #VE")
+    elif inputs.ve and total > suppressed:
+        first = next(row for row in usable if not has_flag(row, "SVE"))
+        words = f"EPT-violation #VE is on: violations on {size_text(total - suppressed)} (bit 63 is 0) are delivered to the guest"
+        yield Remark("suppress-ve", NOTE, words, first.start, first.length)
+    elif not inputs.ve and suppressed:
+        first = next(row for row in usable if has_flag(row, "SVE"))
+        words = f"bit 63 (suppress #VE) is 1 in {size_text(suppressed)} and has no effect: EPT-violation #VE is off"
+        yield Remark("suppress-ve", NOTE, words, first.start, first.length)
+
+
+# ---- against the machine ------------------------------------------------------------------------------------------------------------
+
+def identity(rows: Sequence[Range]) -> Tuple[int, int]:
+    """(bytes that are mapped to themselves, bytes that are mapped): a hypervisor under a running system maps it all to itself."""
+    return sum(row.length for row in rows if row.start == row.target), sum(row.length for row in rows)
+
+
+def _ram(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    ram, source = inputs.ram, inputs.ram_source
+    if ram is None:
+        same, total = identity(seen.rows)
+        if inputs.host_ram is None or 2 * same <= total:
+            reason = "which addresses are RAM for this guest is not known"
+            if inputs.host_ram is not None and total:
+                reason += " (the dump's own ranges are the host's, and these tables do not map memory to itself)"
+            yield Remark("ram", UNDECIDED, reason, missing=("the guest's memory map: --ram A-B, or --e820 FILE",))
+            return
+        ram, source = inputs.host_ram, "the dump's own ranges; most of what is mapped is mapped to itself"
+    if not seen.whole:
+        yield Remark("ram", UNDECIDED, "not all of the tables were seen", missing=("the rest of the tables",))
+        return
+    for start, end in gaps(ram, [(row.start, row.end) for row in seen.rows if seen.structure.reaches(row.rights)]):
+        yield Remark("ram", FAIL, f"{size_text(end - start)} of RAM up to {end - 1:#x} are not mapped ({source})", start, end - start)
+
+
+def gaps(wanted: Sequence[Tuple[int, int]], covered: Sequence[Tuple[int, int]]) -> Iterator[Tuple[int, int]]:
+    """The parts of `wanted` that `covered` leaves out; both are sorted (start, end), `covered` without overlaps."""
+    number = 0
+    for start, end in wanted:
+        while number and covered[number - 1][1] > start:
+            number -= 1
+        at = start
+        while at < end:
+            while number < len(covered) and covered[number][1] <= at:
+                number += 1
+            if number == len(covered) or covered[number][0] >= end:
+                yield at, end
+                break
+            low, high = covered[number]
+            if low > at:
+                yield at, low
+            at = max(at, high)
+
+
+def _mtrr(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    if inputs.mtrrs is None:
+        yield Remark("mtrr", UNDECIDED, "the MTRRs are not known", missing=("the values of the MTRRs: --mtrr FILE",))
+        return
+    held: Optional[Tuple[int, int, str, str]] = None
+    unknown: Dict[str, int] = {}
+    for row in seen.rows:
+        if not row.rights:
+            continue
+        for part in inputs.mtrrs.types(row.target, row.target + row.length):
+            if part.memory_type is None:
+                unknown[part.why] = unknown.get(part.why, 0) + part.end - part.start
+                continue
+            if part.memory_type == row.memory_type:
+                continue
+            start, length = row.start + part.start - row.target, part.end - part.start
+            if held is not None and (held[0] + held[1], held[2:]) == (start, (row.memory_type, part.memory_type)):
+                held = held[0], held[1] + length, *held[2:]
+                continue
+            if held is not None:
+                yield _mismatch(*held)
+            held = start, length, row.memory_type, part.memory_type
+    if held is not None:
+        yield _mismatch(*held)
+    for why, length in unknown.items():
+        yield Remark("mtrr", UNDECIDED, f"the MTRRs' type of {size_text(length)} is not known: {why}", missing=(why,))
+    if inputs.mtrrs.unknown:
+        yield Remark("mtrr", UNDECIDED, f"not all MTRRs are given: {'; '.join(inputs.mtrrs.unknown)}", missing=inputs.mtrrs.unknown)
+
+
+def _mismatch(start: int, length: int, mapped: str, mtrr: str) -> Remark:
+    cached = mapped in ("WB", "WT", "WP")
+    what = "a device's registers would be cached" if cached and mtrr == "UC" else "RAM would not be cached" if mtrr == "WB" and mapped == "UC" else ""
+    words = f"{size_text(length)} are mapped {mapped} where the MTRRs say {mtrr}" + (f": {what}" if what else "")
+    return Remark("mtrr", FAIL if what else NOTE, words, start, length)
+
+
+def _aliases(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    """Each range against the one before it, by frame, that reaches furthest."""
+    furthest: Optional[Range] = None
+    for row in sorted((row for row in seen.rows if row.rights), key=lambda row: (row.target, row.start)):
+        if furthest is not None and row.target < furthest.target + furthest.length:
+            length = min(row.target + row.length, furthest.target + furthest.length) - row.target
+            other = furthest.start + row.target - furthest.target
+            words = f"HPA {row.target:#x} ({size_text(length)}) is reached at {other:#x} ({furthest.permissions} {furthest.memory_type}) and at " \
+                    f"{row.start:#x} ({row.permissions} {row.memory_type})"
+            # Which types two PAT entries are is the host's IA32_PAT: that they differ proves nothing.
+            worse = isinstance(seen.structure, Ept) and row.memory_type != furthest.memory_type
+            yield Remark("alias", FAIL if worse else NOTE, words, row.start, length)
+        if furthest is None or row.target + row.length > furthest.target + furthest.length:
+            furthest = row
+
+
+def _tables(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    pages = [ControlPage(at, PAGE_SIZE, f"the table of level {level} at {at:#x}") for at, level in sorted(seen.found.table_levels.items())]
+    yield from _reached("tables", seen.rows, pages)
+
+
+def _control_pages(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    if inputs.control_pages is None:
+        yield Remark("control-pages", UNDECIDED, "where the control structures are is not known", missing=("a scan of the memory",))
+        return
+    yield from _reached("control-pages", seen.rows, sorted(inputs.control_pages))
+
+
+def _reached(name: str, rows: Sequence[Range], pages: Sequence[ControlPage]) -> Iterator[Remark]:
+    """Pages (sorted by address) that some range reaches."""
+    starts = [page.address for page in pages]
+    widest = max((page.size for page in pages), default=0)
+    for row in rows:
+        if not row.rights:
+            continue
+        for page in pages[bisect_left(starts, row.target - widest + 1):bisect_left(starts, row.target + row.length)]:
+            if page.address + page.size <= row.target:
+                continue
+            at = max(page.address, row.target)
+            can = "write" if row.permissions.write else "read" if row.permissions.read else "run"
+            yield Remark(name, FAIL if row.permissions.write else NOTE, f"{page.what} can be reached: the guest can {can} it ({row.permissions})",
+                         row.start + at - row.target, min(page.address + page.size, row.target + row.length) - at)
+
+
+_MAKERS: Mapping[str, Callable[[_Seen, Inputs], Iterator[Remark]]] = {
+    "entries": _entries, "loop": _loops, "lost-rights": _lost, "ram": _ram, "mtrr": _mtrr, "uncached": _uncached, "alias": _aliases,
+    "tables": _tables, "control-pages": _control_pages, "flags": _flags, "suppress-ve": _suppress,
+}
