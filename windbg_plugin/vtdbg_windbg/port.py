@@ -1,0 +1,128 @@
+"""The debugger port over DbgEng: registers by the engine's names, processors by `~Ns`, physical memory by the engine's own reads."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Mapping, Optional
+
+from vtdbg.errors import UsageError
+from vtdbg.memory.base import Range
+from vtdbg.targets.port import GENERAL, Port, TargetError, Unsupported, unavailable
+from vtdbg_windbg.engine import Engine, EngineError, check
+from vtdbg_windbg.memory import EngineMemory
+
+# Name in vtdbg -> name in dbgeng.
+NAMES: Mapping[str, str] = {
+    **{name: name for name in GENERAL},
+    "rip": "rip", "rflags": "efl",
+    **{f"{name}_selector": name for name in ("cs", "ds", "es", "fs", "gs", "ss")},
+    "cr0": "cr0", "cr2": "cr2", "cr3": "cr3", "cr4": "cr4", "cr8": "cr8",
+    "dr0": "dr0", "dr1": "dr1", "dr2": "dr2", "dr3": "dr3", "dr6": "dr6", "dr7": "dr7",
+    "gdtr_base": "gdtr", "gdtr_limit": "gdtl", "idtr_base": "idtr", "idtr_limit": "idtl", "tr_selector": "tr", "ldtr_selector": "ldtr",
+}
+
+# By RDMSR, on a live target only (SDM vol. 4, IA-32 Architectural MSRs).
+MSRS: Mapping[str, int] = {
+    "efer": 0xC0000080, "star": 0xC0000081, "lstar": 0xC0000082, "cstar": 0xC0000083, "sfmask": 0xC0000084,
+    "fs_base": 0xC0000100, "gs_base": 0xC0000101, "kernel_gs_base": 0xC0000102,
+}
+NO_MSRS = "a dump has no MSRs: RDMSR works on a live kernel only"
+
+
+class DbgEngPort(Port):
+    """A kernel session.  Nothing here writes to a dump: the engine's and pykd's own writes to one are not to be relied on."""
+
+    name = "DbgEng"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.debuggee = engine.debuggee()
+        check(self.debuggee)
+        self.memory = EngineMemory(engine, self.debuggee.dump)
+
+    @property
+    def live(self) -> bool:
+        return not self.debuggee.dump
+
+    def registers(self) -> Mapping[str, Optional[int]]:
+        found: Dict[str, Optional[int]] = {name: self.engine.register(theirs) for name, theirs in NAMES.items()}
+        for name, index in MSRS.items():
+            try:
+                found[name] = self.rdmsr(index)
+            except TargetError:
+                found[name] = None
+        return found
+
+    def rdmsr(self, index: int) -> int:
+        """A model-specific register of the selected processor; TargetError on a dump and where the target refuses."""
+        if not self.live:
+            raise Unsupported(NO_MSRS)
+        try:
+            return self.engine.rdmsr(index)
+        except EngineError as error:
+            raise EngineError(f"MSR {index:#x}: the target refuses RDMSR ({error})") from error
+
+    def write_register(self, name: str, value: int) -> None:
+        self._writable()
+        if name not in NAMES:
+            raise UsageError(f"{name}: no register that can be written here")
+        self.engine.write_register(NAMES[name], value)
+
+    def read_virtual(self, address: int, size: int) -> bytes:
+        data = self.engine.read_virtual(address, size) if size else b""
+        if len(data) < size:
+            raise unavailable(address + len(data), size - len(data), "not mapped, or not in the dump" if self.debuggee.dump else "not mapped")
+        return data
+
+    def write_virtual(self, address: int, data: bytes) -> None:
+        self._writable()
+        try:
+            count = self.engine.write_virtual(address, data)
+        except EngineError as error:
+            raise unavailable(address, len(data), str(error)) from error
+        if count < len(data):
+            raise unavailable(address + count, len(data) - count, "the target refuses the write")
+
+    def _writable(self) -> None:
+        if not self.live:
+            raise Unsupported("nothing is written to a dump")
+
+    def step(self) -> None:
+        if not self.live:
+            raise Unsupported("a dump does not run")
+        self.engine.step()
+
+    def evaluate(self, expression: str) -> int:
+        return self.engine.evaluate(expression)
+
+    def read_physical(self, address: int, size: int) -> bytes:
+        return self.memory.read(address, size)
+
+    def physical_ranges(self) -> Optional[List[Range]]:
+        return self.memory.ranges()
+
+    def processors(self) -> Dict[int, str]:
+        return {number: f"processor {number}" for number in range(self.engine.processors())}
+
+    def selected(self) -> Optional[int]:
+        return self.engine.processor()
+
+    def select(self, number: int) -> None:
+        if number == self.engine.processor():
+            return
+        try:
+            self.engine.execute(f"~{number}s")
+        except EngineError as error:
+            raise EngineError(f"processor {number}: the engine does not switch to it ({error})") from error
+        if self.engine.processor() != number:
+            raise EngineError(f"processor {number}: the engine did not switch to it")
+
+    @contextmanager
+    def on(self, number: int) -> Iterator[None]:
+        """Looks from processor `number`; the user's own is selected again whatever happens."""
+        before = self.engine.processor()
+        self.select(number)
+        try:
+            yield
+        finally:
+            self.select(before)
