@@ -55,11 +55,12 @@ def parse(text: str) -> List[TextDump]:
     lines = Lines(text)
     candidates = _candidates(lines)
     claimed: Set[int] = set()
+    reserved: Set[int] = set()
     dumps: List[TextDump] = []
     # What stands inside a dump of another dialect and was not understood is damage, not something of the next dialect.
     for dialect in (vmcb_blocks.parse, vmcs_blocks.parse, registers.parse, lists.parse):
         inside = {number for dump in dumps for number in range(dump.first_line, dump.last_line + 1)}
-        dumps.extend(dialect(lines, [number for number in candidates if number not in inside], claimed))
+        dumps.extend(dialect(lines, [number for number in candidates if number not in inside and number not in reserved], claimed, reserved))
     dumps.sort(key=lambda dump: (dump.first_line, dump.last_line))
     for dump in dumps:
         dump.unparsed = _unparsed(lines, dump, claimed)

@@ -124,8 +124,10 @@ class Lines:
 
     def __init__(self, text: str) -> None:
         self.raw: List[str] = text.split("\n")
-        self.ends_cut = bool(self.raw) and self.raw[-1].strip() != ""
-        """The text does not end with a line end: its last word may be cut."""
+        self.ends_open = self.raw[-1].strip() != ""
+        """The text does not end with a line end: the rest of its last line may be missing."""
+        self.ends_cut = self.ends_open and not self.raw[-1][-1:].isspace()
+        """The last word itself may be cut."""
         self._cleaned: Dict[int, Line] = {}
 
     def __len__(self) -> int:
@@ -138,6 +140,14 @@ class Lines:
             if self.raw[number - 1].strip():
                 return number
         return 0
+
+    @property
+    def first_is_cut(self) -> bool:
+        """The first line begins without what a logger or a mailer puts before the next ones: its beginning may be missing."""
+        if collapse(self.raw[0][:LONGEST_LINE]) != self.line(1).text:
+            return False
+        following = [number for number in range(2, min(len(self.raw), 8) + 1) if self.raw[number - 1].strip()]
+        return any(collapse(self.raw[number - 1][:LONGEST_LINE]) != self.line(number).text for number in following)
 
     def line(self, number: int) -> Line:
         """Line `number`, from 1."""

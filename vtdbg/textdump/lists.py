@@ -58,6 +58,9 @@ _VBOX: Mapping[str, str] = {
 }
 """VirtualBox' names without VMX_VMCS32_ and _FULL (include/VBox/vmm/hm_vmx.h), where they are not Linux' own."""
 
+_SHARED = 0x2010
+"""TSC_OFFSET: a VMCB has a field of the same name."""
+
 _VBOX_NAME = re.compile(r"VMX_VMCS(?:16|32|64)?_(\w+?)(?:_(FULL|HIGH))?", re.IGNORECASE)
 
 _EXTRA_TITLES: Mapping[str, int] = {"Last PID-pointer": 0x0008}
@@ -74,7 +77,7 @@ _NAMED = re.compile(r"(?<![\w$.])(?P<name>[A-Za-z][A-Za-z0-9]{0,20}(?:_[A-Za-z0-
 _TITLED = re.compile(r"^(?:0x[0-9a-f]{1,8} )?(?P<name>[A-Za-z][A-Za-z0-9_ /().-]{3,70}?)(?: ?\[ ?(?:0x)?[0-9a-f]{1,8}h? ?\])?"
                      r" ?(?:[:=]{1,2}>?|->) ?" + _VALUE + r"[.,; ]*$", re.IGNORECASE)
 _ENCODED = re.compile(r"^(?:vmread ?\(? ?|field ?|\[ ?)?0x(?P<encoding>[0-9a-fA-F]{4}|0000[0-9a-fA-F]{4}) ?[\])]?"
-                      r"(?: ?[A-Za-z][A-Za-z0-9_ /().-]{0,70}?)?" + _SIGN + _VALUE + r"[.,; ]*$")
+                      r"(?: ?(?P<name>[A-Za-z][A-Za-z0-9_ /().-]{0,70}?))?" + _SIGN + _VALUE + r"[.,; ]*$")
 _SHORT = word_set("""cr0 cr3 cr4 rsp rip rflags dr7 eptp vpid fs_base gs_base tr_base es_base cs_base ss_base ds_base io_rip io_rcx io_rsi io_rdi
                       smbase pinv hkid pmladdr""")
 """Aliases that many other programs print for other things."""
@@ -169,6 +172,8 @@ def _generic(line: int, text: str, cut: bool) -> List[Entry]:
     if encoded:
         number = int(encoded.group("encoding"), 16)
         row = vmcs_fields.get(number)
+        if encoded.group("name") and row not in (_by_name(encoded.group("name"))[0], _by_title(encoded.group("name"))):
+            return []
         return [_entry(line, row, encoded.group("value"), half=bool(number & 1), doubtful=cut)] if row else []
     titled = _TITLED.match(text)
     if titled:
@@ -308,12 +313,14 @@ def _join_halves(builder: Builder, encoding: int, found: Sequence[Entry]) -> Non
 
 
 def _is_definition(entries: Sequence[Entry]) -> bool:
-    """Source text: `GUEST_RIP = 0x681e` gives encodings, not values."""
+    """Source text: `GUEST_RIP = 0x681e` gives encodings, not values.  And a lone `tsc_offset:` can be a VMCB's."""
+    if all(entry.encoding == _SHARED for entry in entries):
+        return True
     same = sum(entry.value == entry.encoding and entry.value != 0 for entry in entries)
     return same * 2 > len(entries)
 
 
-def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
+def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], _reserved: Set[int]) -> List[TextDump]:
     """The lists of fields in `lines`.  Adds the lines that were understood to `claimed`."""
     entries: List[Tuple[str, Entry]] = []
     failed: Dict[int, str] = {}

@@ -124,21 +124,15 @@ class Builder:
             self.seen[key] = [TextValue(found.value, found.line, f"text line {found.line} ({remark})") for found in self.seen[key]]
 
     def settled(self) -> Dict[Key, TextValue]:
-        """One value a field.
-
-        Where some field is printed twice with two values, two dumps are mixed (two processors printing at once): what is printed
-        once could be of either, so only what is printed twice and agrees is kept.
-        """
-        clashes = [key for key, found in self.seen.items() if len({item.value for item in found}) > 1]
-        if not clashes:
-            return {key: found[0] for key, found in self.seen.items()}
-        kept = {key: found[0] for key, found in self.seen.items() if len(found) > 1 and key not in clashes}
-        first = self.seen[clashes[0]]
-        lines = " and ".join(str(item.line) for item in first[:3])
-        self.note(f"two dumps are mixed here: {self.name(clashes[0])} has different values on lines {lines}; "
-                  f"{len(self.seen) - len(kept)} fields are left out because nothing says which dump a line belongs to")
-        self.extras["mixed"] = True
-        return kept
+        """One value a field; none where the text has two for it."""
+        values: Dict[Key, TextValue] = {}
+        for key, found in self.seen.items():
+            if len({item.value for item in found}) == 1:
+                values[key] = found[0]
+            else:
+                lines = " and ".join(str(item.line) for item in found[:3])
+                self.note(f"{self.name(key)} has different values on lines {lines}: none is used")
+        return values
 
     def keep_agreed(self) -> None:
         """Of dumps that were printed at the same time: only what is printed more than once, always with the same value."""

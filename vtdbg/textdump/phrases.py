@@ -1,9 +1,9 @@
 """Matching of printed phrases that the way to the reader has damaged.
 
 A phrase is written the way the program that prints it writes its format: `CR0: actual=0x{GUEST_CR0:16}, shadow=0x{CR0_READ_SHADOW:16}`.
-The number after the colon is the number of digits that it pads to: a value with fewer is cut and does not count.  `x` is unpadded
-hexadecimal, `d` decimal, `8!` exactly 8 digits.  `[0x]` is a "0x" that some versions print.  Blanks, case, colons and commas may be lost;
-the equal sign may not: "CS: 0010 DS: 0000" in a kernel's oops is not "CS=0010 DS=0000" of a VMCS dump.
+The number after the colon is the number of digits that it pads to: a value with fewer is cut and does not count; `5+` is padded to 5
+digits and longer where the value is.  `x` is unpadded hexadecimal, `d` decimal.  `[0x]` is a "0x" that some versions print.
+Blanks, case, colons and commas may be lost; the equal sign may not: "CS: 0010 DS: 0000" in a kernel's oops is not "CS=0010 DS=0000" of a VMCS dump.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Callable, Dict, FrozenSet, List, Mapping, Optional, Pattern, Sequence, Tuple
+from typing import Dict, FrozenSet, List, Mapping, Optional, Pattern, Protocol, Sequence, Tuple
 
-_SLOT = re.compile(r"\{([A-Za-z0-9_.]+):([0-9a-z|!]+)\}")
+_SLOT = re.compile(r"\{([A-Za-z0-9_.]+):([0-9a-z|+]+)\}")
 _TOKEN = re.compile(r"[A-Za-z0-9_]+| +|.")
 _WORD = re.compile(r"[A-Za-z0-9_]+|[^\sA-Za-z0-9_]")
 _JUNK = re.compile(r" ?(?:<[^<>]{0,40}>|[^\s,]{0,80})")
@@ -40,17 +40,18 @@ class Slot:
     widths: Tuple[int, ...]
     kind: str
     prefix: bool
-    exact: bool
+    longer: bool
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """One printed phrase.  `strong`: nobody else prints this, so it counts wherever it stands in a line."""
+    """One printed phrase.  `strong`: nobody else prints this, so it counts wherever it stands in a line.  `whole`: it counts only whole."""
 
     id: str
     slots: Tuple[Slot, ...]
     strong: bool
     symbol: bool
+    whole: bool
 
     @property
     def first_word(self) -> str:
@@ -114,7 +115,7 @@ def words(text: str) -> Tuple[str, ...]:
     return tuple(word for word in _WORD.findall(text.lower()) if word not in (":", "=", ","))
 
 
-def phrase(identifier: str, form: str, *, strong: bool = True, symbol: bool = False) -> Phrase:
+def phrase(identifier: str, form: str, *, strong: bool = True, symbol: bool = False, whole: bool = False) -> Phrase:
     """A phrase out of its format.  `symbol`: a "(symbol+0x12)" may stand after a value."""
     slots: List[Slot] = []
     position = 0
@@ -126,9 +127,9 @@ def phrase(identifier: str, form: str, *, strong: bool = True, symbol: bool = Fa
         literal = literal[:-2] if prefix else literal[:-4] if optional else literal
         spec = match.group(2)
         kind = spec if spec in (UNPADDED, DECIMAL) else "hex"
-        widths = tuple(int(width) for width in spec.rstrip("!").split("|")) if kind == "hex" else ()
-        slots.append(Slot(match.group(1), _label(literal), words(literal), widths, kind, prefix, spec.endswith("!")))
-    return Phrase(identifier, tuple(slots), strong, symbol)
+        widths = tuple(int(width) for width in spec.rstrip("+").split("|")) if kind == "hex" else ()
+        slots.append(Slot(match.group(1), _label(literal), words(literal), widths, kind, prefix, spec.endswith("+")))
+    return Phrase(identifier, tuple(slots), strong, symbol, whole)
 
 
 @dataclass(frozen=True)
@@ -171,15 +172,20 @@ def _value(slot: Slot, text: str, position: int, strong: bool, cut: bool, more: 
         padded = digits.startswith("0") and len(digits) > 1
         if (padded and len(digits) not in (8, 16)) or (digits != "0" and slot.prefix and not found.group(1)):
             return None, found.end(), False
-        doubtful = cut and found.end() == len(text) and digits != "0" and len(digits) < 16
+        # "0" can be the beginning of "0x10".
+        doubtful = cut and found.end() == len(text) and len(digits) < 16
         return (None if doubtful else int(digits, 16)), found.end(), doubtful
     if slot.prefix and not strong and not found.group(1):
         return None, position, False
     widths = slot.widths
-    if len(widths) > 1 and more and found.end() == len(text):
-        # At the end of a line a value of the shorter width can be a cut one of the longer width.
+    at_end = found.end() == len(text)
+    if len(widths) > 1 and at_end and (more or cut):
+        # A value of the shorter width can be a cut one of the longer width.
         widths = (max(widths),)
-    whole = len(digits) in widths or (len(digits) > max(widths) and not digits.startswith("0") and not slot.exact)
+    whole = len(digits) in widths
+    if slot.longer and not digits.startswith("0") and len(digits) >= min(widths):
+        # Nothing says how long it is: at the end of a cut text its rest can be missing.
+        whole = len(digits) == 16 or not (at_end and cut)
     return (int(digits, 16) if whole else None), found.end(), False
 
 
@@ -194,6 +200,7 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
         if step is None:
             rest = words(text[cursor:cursor + 64])
             unfinished = bool(items) and (not rest or any(_begins(slot.words, rest) for slot in row.slots[index:]))
+            cursor = len(text) if unfinished else cursor
             break
         found, after = step
         if index == 0 and found != 0:
@@ -220,6 +227,12 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
         cursor = end
         index = found + 1
     if not items and not unfinished:
+        return None
+    columns = len(row.slots) > 1 and not row.slots[1].words
+    if columns and sum(not item.foreign for item in items) < 2:
+        # One number after a label without a sign is too little to know a row of a table by.
+        return None
+    if row.whole and (len(items) < len(row.slots) or any(item.value is None for item in items)):
         return None
     tag = _TAG.match(text, cursor)
     if tag:
@@ -264,9 +277,9 @@ class Record:
                                                                                   for item in match.items)) for match in self.matches)
 
 
-def _rank(match: Match) -> Tuple[int, int, bool]:
-    """The better of two phrases that begin alike: more values, fewer damaged ones, all of it."""
-    return match.good, match.good - len(match.items), len(match.items) == len(match.phrase.slots)
+def _rank(match: Match) -> Tuple[int, int, int, bool]:
+    """The better of two phrases that begin alike: more values, fewer foreign ones, more of it, all of it."""
+    return match.good, -sum(item.foreign for item in match.items), len(match.items), len(match.items) == len(match.phrase.slots)
 
 
 def scan(rows: Table, text: str, cut: bool = False) -> Record:
@@ -325,29 +338,37 @@ def shape(lead: str) -> str:
     return re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", lead[-60:].lower())
 
 
-Extend = Callable[[], Optional[str]]
+class Following(Protocol):
+    """The lines after a line, as far as they can be the rest of it."""
+
+    @property
+    def cut(self) -> bool:
+        """The last word of what has been given is the last of a text without a line end."""
+
+    def next(self) -> Optional[str]:
+        """The next line, None where there is none that can belong to it."""
 
 
-def scan_joined(rows: Table, text: str, extend: Extend, cut: bool = False, limit: int = 6) -> Tuple[Record, List[int]]:
+def scan_joined(rows: Table, text: str, following: Following, limit: int = 6) -> Tuple[Record, List[int]]:
     """`scan`, with following lines joined on as long as that completes something.
 
-    `extend` gives the next line or None.  Returns the record and the offsets in the joined text at which each joined line begins.
+    Returns the record and the offsets in the joined text at which each joined line begins.
     """
-    record = scan(rows, text, cut)
+    record = scan(rows, text, following.cut)
     starts = [0]
     tried = text
     pending: List[int] = []
     boundary = len(text)
     for _ in range(limit):
         foreign = any(item.foreign for match in record.matches for item in match.items)
-        following = extend() if (record.matches or record.wanting) and not foreign else None
+        more = following.next() if (record.matches or record.wanting) and not foreign else None
         # A remark or a second value in parentheses can stand on a line of its own; it does not announce itself.
-        if following is None or not (record.wanting or pending or following.startswith("(")):
+        if more is None or not (record.wanting or pending or more.startswith("(")):
             break
         joint = len(tried)
         pending.append(joint + 1)
-        tried = tried + " " + following
-        longer = scan(rows, tried, cut)
+        tried = tried + " " + more
+        longer = scan(rows, tried, following.cut)
         if longer.reaches(boundary) or longer.reaches(joint):
             record, starts, pending, boundary = longer, starts + pending, [], len(tried)
         elif not longer.wanting or not longer.spans(joint):

@@ -73,7 +73,7 @@ class _Block:
         return self.ip is not None or bool(self.segments)
 
 
-def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
+def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], _reserved: Set[int]) -> List[TextDump]:
     """QEMU's and bhyve's blocks in `lines`.  Adds the lines that were understood to `claimed`."""
     dumps: List[TextDump] = []
     block: Optional[_Block] = None

@@ -55,17 +55,17 @@ _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr")
 def _kvm() -> Iterator[Phrase]:
     for label, slot in _CONTROL:
         yield phrase(f"kvm.{label}", f"{label}: {slot}", strong=label not in ("exceptions", "asid", "tsc_offset"))
-    yield phrase("kvm.intercepts", "intercepts: {intercept_misc1:8!} {intercept_misc2:8!}")
-    yield phrase("kvm.intercepts64", "intercepts: {intercepts.both:16!}")
+    yield phrase("kvm.intercepts", "intercepts: {intercept_misc1:8} {intercept_misc2:8}")
+    yield phrase("kvm.intercepts64", "intercepts: {intercepts.both:16}")
     yield phrase("kvm.exit_code", "exit_code: {exit.code:8|16}")
     for first, name, second, other in _SAVE_PAIRS:
-        yield phrase(f"kvm.{first}", f"{first}: {{{name}:16!}} {second}: {{{other}:16!}}", strong=first not in _PLAIN_REGISTERS)
+        yield phrase(f"kvm.{first}", f"{first}: {{{name}:16}} {second}: {{{other}:16}}", strong=first not in _PLAIN_REGISTERS)
     for label, name in (("isst_addr", "isst_addr"), ("sev_features", "vmsa.sev_features"), ("u_cet", "vmsa.u_cet")):
-        yield phrase(f"kvm.{label}", f"{label}: {{{name}:16!}}")
+        yield phrase(f"kvm.{label}", f"{label}: {{{name}:16}}")
     for name in _SEGMENTS:
-        yield phrase(f"kvm.{name}", f"{name}: s: {{{name}.selector:4!}} a: {{{name}.attrib:4!}} l: {{{name}.limit:8!}} b: {{{name}.base:16!}}")
-    yield phrase("kvm.cpl", "cpl: {cpl:d} efer: {efer:16!}")
-    yield phrase("kvm.vmpl", "vmpl: {vmpl:d} cpl: {cpl:d} efer: {efer:16!}")
+        yield phrase(f"kvm.{name}", f"{name}: s: {{{name}.selector:4}} a: {{{name}.attrib:4}} l: {{{name}.limit:8}} b: {{{name}.base:16}}")
+    yield phrase("kvm.cpl", "cpl: {cpl:d} efer: {efer:16}")
+    yield phrase("kvm.vmpl", "vmpl: {vmpl:d} cpl: {cpl:d} efer: {efer:16}")
 
 
 _XEN: Tuple[Tuple[str, str, bool], ...] = tuple((label, slot, strong) for label, slot, strong in (
@@ -95,14 +95,14 @@ def _xen() -> Iterator[Phrase]:
     yield phrase("xen.iopm_base_pa", "iopm_base_pa = [0x]{iopm_base_pa:x} msrpm_base_pa = 0x{msrpm_base_pa:x} tsc_offset = 0x{tsc_offset:x}")
     yield phrase("xen.msrpm_base_pa", "msrpm_base_pa = 0x{msrpm_base_pa:x} tsc_offset = 0x{tsc_offset:x}")
     yield phrase("xen.asid", "asid = 0x{asid:x} np_ctrl = 0x{nested_ctl:x}")
-    yield phrase("xen.cpl", "cpl = {cpl:d} efer = 0x{efer:x} star = 0x{star:x} lstar = 0x{lstar:x}")
+    yield phrase("xen.cpl", "cpl = {cpl:d} efer = 0x{efer:x} star = 0x{star:x} lstar = 0x{lstar:x}", strong=False)
     yield phrase("xen.vmload", "virtual vmload/vmsave = {flag.vmload:d}")
     for name in _SEGMENTS:
         high = name.upper()
-        yield phrase(f"xen.{name}", f"{high}: {{{name}.selector:4!}} {{{name}.attrib:4!}} {{{name}.limit:8!}} {{{name}.base:16!}}",
+        yield phrase(f"xen.{name}", f"{high}: {{{name}.selector:4}} {{{name}.attrib:4}} {{{name}.limit:8}} {{{name}.base:16}}",
                      strong=False)
-        yield phrase(f"xen-old.{name}", f"{high}: sel=0x{{{name}.selector:4!}}, attr=0x{{{name}.attrib:4!}}, limit=0x{{{name}.limit:8!}}, "
-                                        f"base=0x{{{name}.base:16!}}", strong=False)
+        yield phrase(f"xen-old.{name}", f"{high}: sel=0x{{{name}.selector:4}}, attr=0x{{{name}.attrib:4}}, limit=0x{{{name}.limit:8}}, "
+                                        f"base=0x{{{name}.base:16}}", strong=False)
 
 
 @cache
@@ -143,23 +143,27 @@ class _Open:
     phrases: Set[str] = field(default_factory=set)
 
 
-def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
-    """The KVM and Xen VMCB dumps in `lines`.  Adds the lines that were understood to `claimed`."""
+def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], reserved: Set[int]) -> List[TextDump]:
+    """The KVM and Xen VMCB dumps in `lines`.
+
+    Adds the lines that were understood to `claimed`, and those that look like the dump's, understood or not, to `reserved`.
+    """
     dumps: List[TextDump] = []
     for numbers in _streams(lines, candidates).values():
         for dialect in (KVM, XEN):
-            dumps.extend(_Reader(lines, dialect, claimed).read([number for number in numbers if number not in claimed]))
+            dumps.extend(_Reader(lines, dialect, claimed, reserved).read([number for number in numbers if number not in claimed]))
     return dumps
 
 
 class _Reader:
     """One dialect, one stream of lines."""
 
-    def __init__(self, lines: Lines, dialect: str, claimed: Set[int]) -> None:
-        self._lines, self._dialect, self._claimed = lines, dialect, claimed
+    def __init__(self, lines: Lines, dialect: str, claimed: Set[int], reserved: Set[int]) -> None:
+        self._lines, self._dialect, self._claimed, self.reserved = lines, dialect, claimed, reserved
         self._finished: List[_Open] = []
         self._open: Optional[_Open] = None
         self._shapes: Set[str] = set()
+        self._lookalike: Set[int] = set()
         self._context: Dict[str, int] = {}
 
     def read(self, numbers: Sequence[int]) -> List[TextDump]:
@@ -178,7 +182,9 @@ class _Reader:
                     self._open.builder.lines.add(number + 1)
                 continue
             follow = _Follow(self._lines, number)
-            record, starts = scan_joined(rows, line.text, follow.next, self._lines.ends_cut and number == self._lines.last)
+            record, starts = scan_joined(rows, line.text, follow)
+            if any(match.phrase.strong or match.good for match in record.matches):
+                self._lookalike.add(number)
             if record.matches and self._accept(record, starts, number):
                 done = number + len(starts) - 1
             elif self._open is not None and is_gap(line.text):
@@ -264,7 +270,10 @@ class _Reader:
         known = not any(character.isalnum() for character in record.lead) or shape(record.lead) in self._shapes
         # KVM prints one phrase a line: three registers on a line are somebody else's.
         alone = self._dialect == XEN or len(record.matches) == 1
-        taken = [match for match in record.matches if match.phrase.strong or (record.clean and known and alone)]
+        taken = [match for match in record.matches if match.phrase.strong or (record.clean and known and alone and self._whole(match))]
+        if number == 1 and not record.lead:
+            cut = self._lines.first_is_cut
+            taken = [match for match in taken if match.start or (match.phrase.id not in _CUT_LABELS and (match.phrase.strong or not cut))]
         if not any(match.good for match in taken):
             if self._open is not None and any(match.phrase.strong for match in record.matches):
                 self._open.last = max(self._open.last, number)
@@ -282,6 +291,10 @@ class _Reader:
             self._take(current, match, starts, number)
         current.strong |= strong
         return True
+
+    def _whole(self, match: Match) -> bool:
+        """KVM's pairs of registers count as pairs: half of one can be the beginning of an oops' three."""
+        return self._dialect == XEN or (len(match.items) == len(match.phrase.slots) and not any(item.foreign for item in match.items))
 
     def _goes_back(self, current: _Open, taken: Sequence[Match]) -> bool:
         """A phrase that a dump prints once stands here again: another dump whose header is lost, or a second processor."""
@@ -364,6 +377,7 @@ class _Reader:
         if not values:
             return None
         self._claimed |= builder.lines
+        self.reserved |= self._lookalike
         first, last = min(builder.lines | {group[0].first}), max(builder.lines | {found.last for found in group})
         return TextDump("vmcb", self._dialect, in_field_order("vmcb", values), first, last, notes=builder.notes, extras=builder.extras)
 
@@ -388,6 +402,9 @@ def _as_segment(found: _Open) -> Segment:
         return Segment(starts=False, ends=False, hole=True)
     return Segment(starts=there[0] == 0, ends=there[-1] == len(order) - 1, hole=there[-1] - there[0] + 1 != len(there))
 
+
+_CUT_LABELS = frozenset(("kvm.star", "kvm.sev_features", "xen.CR3"))
+"""Labels that are the ends of others (lstar, guest_sev_features, H_CR3): at the very beginning of a text they can be cut ones."""
 
 _WIDE: Mapping[str, Tuple[str, str]] = {
     "intercepts.both": ("intercept_misc1", "intercept_misc2"),

@@ -9,7 +9,7 @@ is given to the block that its neighbours show, and to none where they do not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
@@ -39,9 +39,9 @@ class Row:
 def _segment(name: str, position: int) -> List[Row]:
     low, high = name.lower(), f"GUEST_{name}_"
     return [
-        _row(f"segment.{low}", f"{name}: sel=[0x]{{{high}SELECTOR:4}}, attr=[0x]{{{high}AR_BYTES:5}}, limit=[0x]{{{high}LIMIT:8}}, "
+        _row(f"segment.{low}", f"{name}: sel=[0x]{{{high}SELECTOR:4}}, attr=[0x]{{{high}AR_BYTES:5+}}, limit=[0x]{{{high}LIMIT:8}}, "
                                f"base=[0x]{{{high}BASE:16}}", weak=True, guest=position),
-        _row(f"xen-segment.{low}", f"{name}: {{{high}SELECTOR:4!}} {{{high}AR_BYTES:5!}} {{{high}LIMIT:8!}} {{{high}BASE:16!}}", weak=True,
+        _row(f"xen-segment.{low}", f"{name}: {{{high}SELECTOR:4}} {{{high}AR_BYTES:5}} {{{high}LIMIT:8}} {{{high}BASE:16}}", weak=True,
              guest=position),
     ]
 
@@ -49,10 +49,10 @@ def _segment(name: str, position: int) -> List[Row]:
 def _table_register(name: str, position: int) -> List[Row]:
     low, high = name.lower(), f"GUEST_{name}_"
     return [_row(f"table.{low}", f"{name}: limit=[0x]{{{high}LIMIT:8}}, base=[0x]{{{high}BASE:16}}", weak=True, guest=position),
-            _row(f"xen-table.{low}", f"{name}: {{{high}LIMIT:8!}} {{{high}BASE:16!}}", weak=True, guest=position)]
+            _row(f"xen-table.{low}", f"{name}: {{{high}LIMIT:8}} {{{high}BASE:16}}", weak=True, guest=position)]
 
 
-def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False, guest: Optional[int] = None, host: Optional[int] = None,
+def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False, whole: bool = False, guest: Optional[int] = None, host: Optional[int] = None,
          control: Optional[int] = None, late_host: Optional[int] = None) -> Row:
     places: List[Place] = []
     if guest is not None:
@@ -63,7 +63,7 @@ def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False
         places.append((CONTROL, control, ""))
     if late_host is not None:
         places.append((CONTROL, late_host, "HOST_"))
-    return Row(phrase(identifier, form, strong=not weak, symbol=symbol), tuple(places))
+    return Row(phrase(identifier, form, strong=not weak, symbol=symbol, whole=whole), tuple(places))
 
 
 def _rows() -> Iterator[Row]:
@@ -83,10 +83,10 @@ def _rows() -> Iterator[Row]:
     # Xen prints the field and, in parentheses, the register as it has it now: the field counts.
     yield _row("xen.rsp", "RSP = 0x{GUEST_RSP:16} (0x{now.rsp:16})", weak=True, guest=5)
     yield _row("xen.rip", "RIP = 0x{GUEST_RIP:16} (0x{now.rip:16})", weak=True, guest=6)
-    yield _row("rflags", "RFLAGS=0x{GUEST_RFLAGS:8}", weak=True, symbol=True, guest=7)
-    yield _row("xen.rflags", "RFLAGS=0x{GUEST_RFLAGS:8|16} (0x{now.rflags:8|16})", weak=True, guest=7)
+    yield _row("rflags", "RFLAGS=0x{GUEST_RFLAGS:8+}", weak=True, symbol=True, guest=7)
+    yield _row("xen.rflags", "RFLAGS=0x{GUEST_RFLAGS:8|16+} (0x{now.rflags:8|16+})", weak=True, guest=7)
     yield _row("dr7", "DR7 = 0x{GUEST_DR7:16}", weak=True, guest=8)
-    yield _row("sysenter", "Sysenter RSP=[0x]{_SYSENTER_ESP:16} CS:RIP=[0x]{_SYSENTER_CS:4}:{_SYSENTER_EIP:16}", guest=9, host=47)
+    yield _row("sysenter", "Sysenter RSP=[0x]{_SYSENTER_ESP:16} CS:RIP=[0x]{_SYSENTER_CS:4+}:{_SYSENTER_EIP:16}", guest=9, host=47)
     for position, name in enumerate(("CS", "DS", "SS", "ES", "FS", "GS"), 10):
         yield from _segment(name, position)
     yield from _table_register("GDTR", 16)
@@ -107,7 +107,8 @@ def _rows() -> Iterator[Row]:
     yield _row("bndcfgs", "BndCfgS = [0x]{GUEST_BNDCFGS:16}", guest=27)
     yield _row("interruptibility", "Interruptibility = [0x]{GUEST_INTERRUPTIBILITY_INFO:8}", guest=28)
     yield _row("activity", "ActivityState = [0x]{GUEST_ACTIVITY_STATE:8}", guest=29)
-    yield _row("xen-old.interruptibility", "Interruptibility={GUEST_INTERRUPTIBILITY_INFO:4!} ActivityState={GUEST_ACTIVITY_STATE:4!}", guest=28)
+    yield _row("xen-old.interruptibility", "Interruptibility={GUEST_INTERRUPTIBILITY_INFO:4} ActivityState={GUEST_ACTIVITY_STATE:4}", whole=True,
+               guest=28)
     yield _row("intrstatus", "InterruptStatus = [0x]{GUEST_INTR_STATUS:4}", guest=30)
     yield _row("deadline.phy", "DeadlinePhy = [0x]{GUEST_DEADLINE_PHY:16}", guest=31)
     yield _row("deadline.vir", "DeadlineVir = [0x]{GUEST_DEADLINE_VIR:16}", guest=31)
@@ -145,10 +146,10 @@ def _rows() -> Iterator[Row]:
     yield _row("tscoffset", "TSC Offset = [0x]{TSC_OFFSET:16}")
     yield _row("tscmultiplier", "TSC Multiplier = [0x]{TSC_MULTIPLIER:16}", control=68)
     yield _row("svirvi", "SVI|RVI = {svi:2}|{rvi:2}", control=69)
-    yield _row("tpr", "TPR Threshold = [0x]{TPR_THRESHOLD:2}", control=69)
+    yield _row("tpr", "TPR Threshold = [0x]{TPR_THRESHOLD:2+}", control=69)
     yield _row("apicaccess", "APIC-access addr = [0x]{APIC_ACCESS_ADDR:16}", control=70)
     yield _row("virtapic", "virt-APIC addr = [0x]{VIRTUAL_APIC_PAGE_ADDR:16}", control=70)
-    yield _row("postedvector", "PostedIntrVec = [0x]{POSTED_INTR_NV:2}", control=71)
+    yield _row("postedvector", "PostedIntrVec = [0x]{POSTED_INTR_NV:2+}", control=71)
     yield _row("eptp", "EPT pointer = [0x]{EPT_POINTER:16}", control=72)
     yield _row("eptpindex", "EPTP index = [0x]{EPTP_INDEX:4}", control=72)
     for number in range(4):
@@ -158,8 +159,8 @@ def _rows() -> Iterator[Row]:
     yield _row("vpid", "Virtual processor ID = [0x]{VIRTUAL_PROCESSOR_ID:4}", control=75)
     yield _row("vmfunc", "VMfunc controls = [0x]{VM_FUNCTION_CONTROL:16}", control=75)
     yield _row("ve", "VE info address = [0x]{VE_INFORMATION_ADDRESS:16}", control=76)
-    yield _row("ve_info", "ve_info: [0x]{ve.reason:8!} [0x]{ve.delivery:8!} [0x]{ve.qualification:16!} [0x]{ve.gla:16!} [0x]{ve.gpa:16!} "
-                          "[0x]{ve.eptp_index:4!}", control=77)
+    yield _row("ve_info", "ve_info: [0x]{ve.reason:8} [0x]{ve.delivery:8} [0x]{ve.qualification:16} [0x]{ve.gla:16} [0x]{ve.gpa:16} "
+                          "[0x]{ve.eptp_index:4}", control=77)
 
 
 ALWAYS = frozenset((1, 2, 3, 5, 6, 7, 8, 9, *range(10, 20), 24, 25, 28, 29, 40, 41, 43, 44, 45, 46, 47, *range(60, 67)))
@@ -241,7 +242,7 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
             done = max(plain.lines.values(), default=number)
             continue
         follow = _Follow(lines, number)
-        record, starts = scan_joined(phrases(), line.text, follow.next, lines.ends_cut and number == lines.last)
+        record, starts = scan_joined(phrases(), line.text, follow)
         if record.matches:
             records.append((record, starts, number))
             if any(match.phrase.strong and match.good for match in record.matches):
@@ -250,11 +251,14 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
         elif is_gap(line.text):
             gaps.append((number, line.text))
     for record, starts, number in records:
+        if number == 1 and lines.first_is_cut and not record.lead:
+            # What stands before a label is cut off: "my_handler: CR3 = " looks like "CR3 = ".
+            record = replace(record, clean=False)
         known = not record.lead or shape(record.lead) in shapes or not any(character.isalnum() for character in record.lead)
         for match in record.matches:
             if match.good and (match.phrase.strong or (record.clean and known)):
                 event = _phrase_event(match, record, starts, number)
-                event.at_cut = lines.ends_cut and number + len(starts) - 1 == lines.last and match is record.matches[-1]
+                event.at_cut = lines.ends_open and number + len(starts) - 1 == lines.last and match is record.matches[-1]
                 events.append(event)
             elif match.phrase.strong:
                 events.append(Event(number, "damaged"))
@@ -267,6 +271,10 @@ class _Follow:
 
     def __init__(self, lines: Lines, number: int) -> None:
         self._lines, self._number = lines, number
+
+    @property
+    def cut(self) -> bool:
+        return self._lines.ends_cut and self._number == self._lines.last
 
     def next(self) -> Optional[str]:
         line = self._lines.next_soft(self._number)
@@ -508,7 +516,7 @@ def _build(pieces: Sequence[Sequence[Event]], claimed: Set[int]) -> Optional[Tex
     if not values:
         return None
     first, last = inside[0].line, max(max([event.line, *event.lines.values()]) for event in inside)
-    claimed |= builder.lines | {event.line for event in inside} - reading.unread
+    claimed |= (builder.lines | {event.line for event in inside}) - reading.unread
     return TextDump("vmcs", XEN if reading.xen else KVM, in_field_order("vmcs", values), first, last, notes=builder.notes, extras=builder.extras)
 
 
@@ -677,12 +685,16 @@ def _streams(lines: Lines, candidates: Sequence[int]) -> Dict[str, List[int]]:
     return streams
 
 
-def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[TextDump]:
-    """The KVM and Xen VMCS dumps in `lines`.  Adds the lines that were understood to `claimed`."""
+def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], reserved: Set[int]) -> List[TextDump]:
+    """The KVM and Xen VMCS dumps in `lines`.
+
+    Adds the lines that were understood to `claimed`, and those that look like the dump's, understood or not, to `reserved`.
+    """
     dumps: List[TextDump] = []
     for numbers in _streams(lines, candidates).values():
         splitter = _Splitter()
-        for event in _events(lines, numbers):
+        events = _events(lines, numbers)
+        for event in events:
             splitter.take(event)
         for run in _with_context(splitter.finish()):
             if mixed([_as_segment(piece) for piece in run]):
@@ -690,6 +702,8 @@ def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int]) -> List[Te
             else:
                 found = [_build([piece], claimed) for piece in run]
             dumps.extend(dump for dump in found if dump is not None)
+        if dumps:
+            reserved.update(event.line for event in events)
     return dumps
 
 
