@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import os
@@ -34,11 +35,9 @@ def open_sample(name: str) -> Machine:
             unpack_sparse(pkgutil.get_data("vtdbg", f"data/samples/{file}") or b"", target)
         machine = open_machine(path)
     finally:
-        try:
+        # Windows keeps a mapped file: it stays in the temporary folder.
+        with contextlib.suppress(PermissionError):
             os.unlink(path)
-        except PermissionError:
-            # Windows keeps a mapped file: it stays in the temporary folder.
-            pass
     machine.name = PREFIX + name
     machine.provenance = f"packaged sample: {title}"
     return machine

@@ -26,5 +26,5 @@ def _attributes(field: VmcbField, value: int) -> str:
     if not table.test(value, "P") and not field.name.startswith(("tr.", "cs.")):
         return f"not present ({value:#x})" if value else "not present"
     flags = [ident for ident in ("P", "G", "L", "DB", "AVL") if table.test(value, ident)]
-    words = [type_name(table.get(value, "TYPE"), table.test(value, "S"), True), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
+    words = [type_name(table.get(value, "TYPE"), table.test(value, "S"), long_mode=True), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
     return ", ".join(filter(None, words))

@@ -52,7 +52,7 @@ def _entry_failure(vmcs: Vmcs, field: VmcsField) -> Optional[Gate]:
         return None
     if field.name in ("VM_EXIT_REASON", "EXIT_QUALIFICATION"):
         return USED
-    return Gate(False, "not written by a failed VM entry: the value of an older exit")
+    return Gate(used=False, why="not written by a failed VM entry: the value of an older exit")
 
 
 def _all_of(vmcs: Vmcs, field: VmcsField, part: str) -> Gate:
@@ -72,8 +72,8 @@ def _control(vmcs: Vmcs, word: str, bit: int) -> Gate:
     ident = _ident_at(word, bit)
     on = control(vmcs, word, ident)
     if on is None:
-        return Gate(None, f"{control_name(word, ident)} is unknown")
-    return USED if on else Gate(False, f"{control_name(word, ident)} is 0")
+        return Gate(used=None, why=f"{control_name(word, ident)} is unknown")
+    return USED if on else Gate(used=False, why=f"{control_name(word, ident)} is 0")
 
 
 def _loaded(vmcs: Vmcs, field: VmcsField) -> Gate:
@@ -87,76 +87,76 @@ def _loaded(vmcs: Vmcs, field: VmcsField) -> Gate:
         return loader
     saver = by_word.get("exit") if len(by_word) > 1 else None
     if saver is not None and saver.used and field.group != "host":
-        return Gate(True, f"saved by VM exits, not loaded: {loader.why}")
-    return Gate(False, f"not loaded: {loader.why}")
+        return Gate(used=True, why=f"saved by VM exits, not loaded: {loader.why}")
+    return Gate(used=False, why=f"not loaded: {loader.why}")
 
 
 def _count(vmcs: Vmcs, _field: VmcsField, match: Match[str]) -> Gate:
     name, least = match.group(1), int(match.group(2))
     count = vmcs.get(name)
     if count is None:
-        return Gate(None, f"{name} is unknown")
-    return USED if count > least else Gate(False, f"unused: {name} is {count}")
+        return Gate(used=None, why=f"{name} is unknown")
+    return USED if count > least else Gate(used=False, why=f"unused: {name} is {count}")
 
 
 def _word_bit(vmcs: Vmcs, field: VmcsField, match: Match[str]) -> Gate:
     name, bit = match.group(1), int(match.group(2))
     value = vmcs.get(name)
     if value is None:
-        return Gate(None, f"{name} is unknown")
+        return Gate(used=None, why=f"{name} is unknown")
     if value >> bit & 1:
         return USED
     what = "not valid" if bit == 31 else "no error code"
-    return Gate(False, f"{what}: bit {bit} is 0" + ("" if name == field.name else f" in {name}"))
+    return Gate(used=False, why=f"{what}: bit {bit} is 0" + ("" if name == field.name else f" in {name}"))
 
 
 def _event_type(vmcs: Vmcs, _field: VmcsField, match: Match[str]) -> Gate:
     name, types = match.group(1), [int(number) for number in match.group(2).split(",")]
     value = vmcs.get(name)
     if value is None:
-        return Gate(None, f"{name} is unknown")
+        return Gate(used=None, why=f"{name} is unknown")
     row = bits.table("entry_int_info")["TYPE"]
-    return USED if row.of(value) in types else Gate(False, f"unused: the event is a {row.meaning(value)}")
+    return USED if row.of(value) in types else Gate(used=False, why=f"unused: the event is a {row.meaning(value)}")
 
 
 def _reason(vmcs: Vmcs, _field: VmcsField, match: Match[str]) -> Gate:
     reason = vmcs.get("VM_EXIT_REASON")
     if reason is None:
-        return Gate(None, "VM_EXIT_REASON is unknown")
+        return Gate(used=None, why="VM_EXIT_REASON is unknown")
     if reason & 0xFFFF in [int(number) for number in match.group(1).split(",")]:
         return USED
-    return Gate(False, f"not written by this exit (reason {reason & 0xFFFF}): the value of an older one")
+    return Gate(used=False, why=f"not written by this exit (reason {reason & 0xFFFF}): the value of an older one")
 
 
 def _exception(vmcs: Vmcs, _field: VmcsField, match: Match[str]) -> Gate:
     bitmap, vector = vmcs.get("EXCEPTION_BITMAP"), int(match.group(1))
     if bitmap is None:
-        return Gate(None, "EXCEPTION_BITMAP is unknown")
+        return Gate(used=None, why="EXCEPTION_BITMAP is unknown")
     # With the bit clear the mask and match decide too: a mismatch inverts it (SDM vol. 3, Exception Bitmap).
     mask, matched = vmcs.get("PAGE_FAULT_ERROR_CODE_MASK"), vmcs.get("PAGE_FAULT_ERROR_CODE_MATCH")
     if bitmap >> vector & 1 or mask or matched:
         return USED
-    return Gate(False, "no effect: mask and match are 0, the exception bitmap alone decides")
+    return Gate(used=False, why="no effect: mask and match are 0, the exception bitmap alone decides")
 
 
 def _linear_address(vmcs: Vmcs, _field: VmcsField, _match: Match[str]) -> Gate:
     """Exits that write the guest-linear address (SDM vol. 3, Basic VM-Exit Information)."""
     reason, qualification = vmcs.get("VM_EXIT_REASON"), vmcs.get("EXIT_QUALIFICATION")
     if reason is None or qualification is None:
-        return Gate(None, "exit reason or qualification is unknown")
+        return Gate(used=None, why="exit reason or qualification is unknown")
     basic = reason & 0xFFFF
     writes = {48: bool(qualification & 0x80), 30: bool(qualification & 0x10), 28: qualification & 0x70 == 0x70}
     if writes.get(basic):
         return USED
-    return Gate(False, f"not written by this exit (reason {basic}): the value of an older one")
+    return Gate(used=False, why=f"not written by this exit (reason {basic}): the value of an older one")
 
 
 def _pae_guest(vmcs: Vmcs, _field: VmcsField, _match: Match[str]) -> Gate:
     cr0, cr4, long_mode = vmcs.get("GUEST_CR0"), vmcs.get("GUEST_CR4"), control(vmcs, "entry", "IA32E_MODE")
     if cr0 is None or cr4 is None or long_mode is None:
-        return Gate(None, "the guest's paging mode is unknown")
+        return Gate(used=None, why="the guest's paging mode is unknown")
     pae = cr0 >> 31 & 1 and cr4 >> 5 & 1 and not long_mode
-    return USED if pae else Gate(False, "unused: the guest does not use PAE paging")
+    return USED if pae else Gate(used=False, why="unused: the guest does not use PAE paging")
 
 
 def _words(words: str, used: Optional[bool] = False) -> Callable[[Vmcs, VmcsField, Match[str]], Gate]:
@@ -182,7 +182,7 @@ def _token(vmcs: Vmcs, field: VmcsField, token: str) -> Gate:
     plain = re.fullmatch(r"(pin|proc|sec|tert|entry|exit2|exit|vmfunc)\.(\d+)", token)
     if plain:
         gate = _control(vmcs, plain.group(1), int(plain.group(2)))
-        return gate if gate.used is not False else Gate(False, f"unused: {gate.why}")
+        return gate if gate.used is not False else Gate(used=False, why=f"unused: {gate.why}")
     for pattern, evaluate in TOKENS:
         match = re.fullmatch(pattern, token)
         if match:
