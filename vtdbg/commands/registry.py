@@ -62,8 +62,8 @@ class Verb:
 
 # The modules of a group are imported only when one of its verbs is used, so that `--help` and completion of others stay fast.
 MODULES: Mapping[str, Tuple[str, ...]] = {
-    "vmcs": ("vmcs", "checks"),
-    "vmcb": ("vmcb", "checks"),
+    "vmcs": ("vmcs", "checks", "record_diff"),
+    "vmcb": ("vmcb", "checks", "record_diff"),
     "ept": ("ept", "maps"),
     "npt": ("npt", "maps"),
     "gva": ("gva",),
