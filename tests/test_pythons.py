@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMMANDS = (["vmcs", "list"], ["vmcs", "dump"], ["vmcs", "check"], ["ept", "dump"], ["gva", "walk", "0x1000"], ["exit", "explain"], ["gdt", "dump"],
             ["vmcs", "get", "GUEST_RIP", "--json"], ["decode", "cr0", "0x80000011"], ["source", "info"])
-PROGRAM = "\n".join(["from vtdbg.cli import main", f"for words in {COMMANDS!r}:", "    assert main([*words, '-s', 'sample:vmx', '--width', '80']) in (0, 1)"])
+PROGRAM = f"""
+from vtdbg.cli import main
+for words in {COMMANDS!r}:
+    assert main([*words, '-s', 'sample:vmx', '--width', '80']) in (0, 1)
+"""
 
 
 def others() -> List[str]:

@@ -20,11 +20,11 @@ def value_in_words(field: VmcbField, value: int) -> str:
 
 
 def _attributes(field: VmcbField, value: int) -> str:
-    from vtdbg.x86.descriptors import type_name
+    from vtdbg.x86.descriptors import type_in_any_mode
 
     table = bits.table("vmcb_attrib")
     if not table.test(value, "P") and not field.name.startswith(("tr.", "cs.")):
         return f"not present ({value:#x})" if value else "not present"
     flags = [ident for ident in ("P", "G", "L", "DB", "AVL") if table.test(value, ident)]
-    words = [type_name(table.get(value, "TYPE"), table.test(value, "S"), long_mode=True), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
+    words = [type_in_any_mode(table.get(value, "TYPE"), table.test(value, "S")), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
     return ", ".join(filter(None, words))

@@ -24,14 +24,13 @@ def value_in_words(field: VmcsField, value: int) -> str:
 
 
 def _access_rights(value: int) -> str:
-    from vtdbg.x86.descriptors import type_name
+    from vtdbg.x86.descriptors import type_in_any_mode
 
     table = bits.table("access_rights")
     if table.test(value, "UNUSABLE"):
         return "unusable" + (f" (rest {value & 0xFFFF:#x})" if value & 0xFFFF else "")
     flags = [ident for ident in ("P", "G", "L", "DB", "AVL") if table.test(value, ident)]
-    # The system types of long mode and of 32 bits differ in what a TSS is called only: 9 and 11 are TSSs in both.
-    words = [type_name(table.get(value, "TYPE"), table.test(value, "S"), long_mode=True), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
+    words = [type_in_any_mode(table.get(value, "TYPE"), table.test(value, "S")), f"DPL {table.get(value, 'DPL')}", " ".join(flags)]
     words += [f"reserved {wrong.field.bits}={wrong.number:#x}!" for wrong in table.reserved_violations(value)]
     return ", ".join(filter(None, words))
 

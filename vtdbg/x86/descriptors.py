@@ -142,6 +142,12 @@ def type_name(type_field: int, code_or_data: bool, long_mode: bool) -> str:
     return known.name if known else f"reserved type {type_field:#x}"
 
 
+def type_in_any_mode(type_field: int, code_or_data: bool) -> str:
+    """The type's name where the mode is not known: as in long mode, or as in 32-bit mode for the types that long mode reserves."""
+    name = type_name(type_field, code_or_data, long_mode=True)
+    return type_name(type_field, code_or_data, long_mode=False) if name.startswith("reserved") else name
+
+
 def vmcb_attrib(access_rights: int) -> int:
     """VMCS access rights in the VMCB's packed form.  An unusable segment is 0 there: SVM has no unusable bit, P = 0 says it
     (APM vol. 2, Segment State in the VMCB; Linux 6.12 svm_set_segment)."""
