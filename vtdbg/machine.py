@@ -34,3 +34,11 @@ class Machine:
     details: Dict[str, str] = field(default_factory=dict)
     warnings: List[str] = field(default_factory=list)
     live: bool = False
+
+    def refresh(self) -> None:
+        """Before something is said of it: a live target that has run finds out anew where its processor is.  A dump does not change."""
+        return
+
+    def consider(self, kind: str, address: int) -> None:
+        """A control block (`kind` as a scan classifies it) that was found or named: a live target compares its processor with it."""
+        return

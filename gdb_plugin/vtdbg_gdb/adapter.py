@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import os
+from contextlib import contextmanager
+from typing import Any, Iterator, Optional
 
 import gdb
 
@@ -22,6 +24,20 @@ class InProcessPort(GdbPort):
         except gdb.error as error:
             raise error_of(str(error), self._where()) from error
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        # GDB prints every stop on its own, to_string or not: where it prints leads elsewhere for the time.
+        gdb.flush()
+        kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            yield
+        finally:
+            gdb.flush()
+            os.dup2(kept, 1)
+            os.close(nowhere)
+            os.close(kept)
+
     def require_stopped(self) -> None:
         """TargetError where there is no target, or it runs."""
         thread = gdb.selected_thread()
@@ -36,7 +52,7 @@ class InProcessPort(GdbPort):
             # Before GDB 13, and for targets that are not remote.
             return super().packet(text)
         try:
-            return bytes(send(text))
+            return bytes(send(text) or b"")
         except (gdb.error, ValueError, RuntimeError) as error:
             raise error_of(str(error), self._where()) from error
 

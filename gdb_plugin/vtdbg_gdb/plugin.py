@@ -167,9 +167,11 @@ def _defined(word: str) -> bool:
 def register() -> None:
     """Once a GDB: `vt`, the groups whose names GDB does not have, the functions, and the events that end what was read."""
     front = Front()
+    # Asked before any is registered: GDB takes the beginning of a command's name for the command.
+    free = [group for group in registry.GROUPS if not _defined(group)]
     VtCommand(front, "vt", [], "vtdbg: VMCS, VMCB, EPT, NPT, exits and descriptors of the target")
     for group, summary in registry.GROUPS.items():
-        if not _defined(group):
+        if group in free:
             VtCommand(front, group, [group], summary[:1].upper() + summary[1:])
     for name, function, help in FUNCTIONS:
         Function(front, name, _lazily(function), help)

@@ -33,9 +33,10 @@ class GdbSession(Session):
         connection = self.port.connection()
         now = (getattr(connection, "num", None), self.port.endpoint(), self.fast)
         if self._live is None or self._connection != now:
+            known = self._live.places if self._live is not None and self._connection[:2] == now[:2] else ()
             self.leave()
             self._repair(now[1])
-            self._live, self._connection = LiveMachine(self.port, self.fast), now
+            self._live, self._connection = LiveMachine(self.port, self.fast, known), now
             self._cache.clear()
         self.source = f"gdb:{self._live.name}"
         if self._stack is not None:

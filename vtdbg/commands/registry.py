@@ -62,12 +62,12 @@ class Verb:
 
 # The modules of a group are imported only when one of its verbs is used, so that `--help` and completion of others stay fast.
 MODULES: Mapping[str, Tuple[str, ...]] = {
-    "vmcs": ("vmcs", "checks", "record_diff"),
+    "vmcs": ("vmcs", "checks", "live", "record_diff"),
     "vmcb": ("vmcb", "checks", "record_diff"),
     "ept": ("ept", "maps"),
     "npt": ("npt", "maps"),
     "gva": ("gva",),
-    "exit": ("exit",),
+    "exit": ("exit", "trace"),
     "gdt": ("descriptors",),
     "ldt": ("descriptors",),
     "idt": ("descriptors",),
@@ -78,6 +78,12 @@ MODULES: Mapping[str, Tuple[str, ...]] = {
     "caps": ("caps",),
     "decode": ("decode",),
     "source": ("source",),
+    "report": ("report",),
+    "phys": ("phys",),
+    "msr": ("live",),
+    "cpuid": ("live",),
+    "sgdt": ("live",),
+    "windbg": ("windbg",),
 }
 
 GROUPS: Mapping[str, str] = {
@@ -97,6 +103,12 @@ GROUPS: Mapping[str, str] = {
     "caps": "capability MSRs: what a processor allows",
     "decode": "any register, field, entry or MSR by name and value",
     "source": "what the dump or the target is",
+    "report": "one HTML page of all of it, with pictures",
+    "phys": "bytes of physical memory",
+    "msr": "MSRs of a live processor, by an injected RDMSR",
+    "cpuid": "CPUID of a live processor, by an injected instruction",
+    "sgdt": "descriptor-table registers of a live processor, by injected instructions",
+    "windbg": "set up the commands in WinDbg",
 }
 
 _VERBS: Dict[Tuple[str, ...], Verb] = {}
@@ -150,6 +162,7 @@ COMMON_OPTIONS: Tuple[Opt, ...] = (
     Opt("--format", "text", "format of the dump (default: recognised by content)"),
     Opt("--layout", "text", "VMCS page layout: a name from `vmcs layouts`, or a layout file", metavar="NAME|FILE"),
     Opt("--caps", "text", "capability MSRs: a file, or the name of a processor preset", metavar="FILE|PRESET"),
+    Opt("--no-fast", "flag", "live target: read its RAM through the stub only"),
     Opt("--json", "flag", "print JSON"),
     Opt("--python", "flag", "print the Python that does the same"),
     Opt("--color", "choice", "when to colour", choices=("auto", "always", "never"), default="auto"),

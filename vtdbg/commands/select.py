@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
-from vtdbg.scan import Found, relate, scan
+from vtdbg.scan import Found
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -85,14 +85,21 @@ def aligned_page(session: Session, address: int, what: str) -> bytes:
 def vmcs_at(session: Session, address: int) -> VmcsAt:
     """The VMCS in the page at `address`; errors name the address."""
     page = aligned_page(session, address, "VMCS")
-    return VmcsAt(address, Vmcs.from_page(page, session.layout, f"page {address:#x}"))
+    vmcs = Vmcs.from_page(page, session.layout, f"page {address:#x}")
+    session.machine.consider("vmcs", address)
+    return VmcsAt(address, vmcs)
 
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
     """What a scan of the memory finds, kept until the target runs."""
-    found: List[Found] = session.remembered(
-        f"scan {kind} {session.layout_name}", lambda: relate(scan(session.machine, kinds=(kind,), layout=session.layout), session.machine)
-    )
+    from vtdbg.commands.scanning import scanned_blocks
+
+    found, partial = scanned_blocks(session, (kind,))
+    if partial:
+        # A command that works on all control blocks must not take some for all.
+        raise KeyboardInterrupt
+    for item in found:
+        session.machine.consider(item.classification, item.address)
     return found
 
 
@@ -118,6 +125,7 @@ def chosen_vmcb(
         return [VmcbAt(None, dump.vmcb(), text=dump) for dump in text_dumps(text, "vmcb", index)]
     if address is not None:
         page = aligned_page(session, address, "VMCB")
+        session.machine.consider("vmcb", address)
         return [VmcbAt(address, Vmcb.from_page(page, layout))]
     chosen = [
         VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)

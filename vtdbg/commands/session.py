@@ -114,6 +114,10 @@ class Session:
             self._cache[key] = make()
         return self._cache[key]
 
+    def has_remembered(self, key: str) -> bool:
+        """Is there a result under this key?"""
+        return key in self._cache
+
     def forget(self) -> None:
         """The target ran: nothing that was read is still true."""
         self._cache.clear()
@@ -124,6 +128,8 @@ class Session:
     def header(self) -> str:
         """The line that says where values come from."""
         machine = self.machine
+        # A live target finds out where its processor is, now that the command has said which control blocks there are.
+        machine.refresh()
         return machine.provenance or f"{machine.name} ({machine.format})"
 
     def python_open(self) -> List[str]:

@@ -23,7 +23,7 @@ _RUNNING = re.compile(r"while the (?:target|selected thread|program) is running|
 _NONE = re.compile(r"has no registers now|No (?:selected )?(?:frame|thread|process)|not (?:being run|connected)|No registers|no process|"
                    r"target is `?(?:exec|native|None)|command can only be used with remote target|no running inferior", re.I)
 _GONE = re.compile(r"Remote connection closed|Remote communication error|Connection reset|Broken pipe|Target disconnected|"
-                   r"Connection timed out|Remote failure reply: E99|Ignoring packet error|Watchdog timeout", re.I)
+                   r"Connection timed out|can only be sent to a remote target|Remote failure reply: E99|Ignoring packet error|Watchdog timeout", re.I)
 
 
 def error_of(message: str, endpoint: str = "HOST:PORT") -> TargetError:
@@ -89,10 +89,11 @@ class GdbPort(Port):
             raise
         except TargetError as error:
             raise UsageError(f"{expression}: {error}") from error
-        try:
-            return int(text.strip(), 16)
-        except ValueError:
-            raise UsageError(f"{expression}: not a number ({text.strip()[:60]})") from None
+        # What GDB has to say of an earlier stop can stand before it.
+        number = re.search(r"(0x[0-9a-f]+)\s*$", text)
+        if number is None:
+            raise UsageError(f"{expression}: not a number ({text.strip()[:60]})")
+        return int(number.group(1), 16)
 
     def monitor(self, command: str) -> str:
         return self.execute(f"monitor {command}").replace("\r\n", "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
 from vtdbg.machine import Cpu, Machine
@@ -14,10 +14,14 @@ from vtdbg.targets.physical import PAGES_IN_CACHE, NoMemory, PhysicalMode, PortM
 from vtdbg.targets.port import Port, TargetError, TargetGone, Unsupported
 from vtdbg.targets.where import Block, Where, decide, of_host_save_area, of_vmcb, of_vmcs
 
-SCANNED = 512 << 20
+SCANNED = 16 << 20
 """Bytes of RAM that are searched for control blocks without being asked, where every byte comes through the stub."""
+NOT_SEARCHED = "memory was not searched for control blocks, which takes long through the stub: `vmcs list`, `vmcb list`, or name one"
 LEFT_PHYSICAL = ("the stub's memory packets were physical before this command (an earlier client left it so): virtual reads of every debugger "
                  "show physical memory; `maintenance packet Qqemu.PhyMemMode:0` ends it")
+
+
+KINDS = {"vmcb": "vmcb", "host-save-area": "hsave", "vmcs": "vmcs"}
 
 
 class LiveMemory(PhysicalMemory):
@@ -50,13 +54,14 @@ class LiveMemory(PhysicalMemory):
 class LiveMachine(Machine):
     """What is behind a port.  `refresh` before each command: after the target ran, where it is has to be found out again."""
 
-    def __init__(self, port: Port, fast: bool = True) -> None:
+    def __init__(self, port: Port, fast: bool = True, places: "Sequence[Tuple[str, int]]" = ()) -> None:
+        """`places`: (kind, address) of control blocks that were found in this target before; they are read again."""
         self.port = port
         self.dialect = stubs.probe(port)
         self.mode = PhysicalMode(port, self.dialect)
         self.where = Where("unknown", "not looked at yet")
         self.stale = True
-        self._known: List[Tuple[str, int]] = []
+        self.places: List[Tuple[str, int]] = list(places)
         self._left = self._mode_notes()
         memory, how = self._memory(fast)
         super().__init__(LiveMemory(self, memory), port.endpoint() or port.name, "live", live=True)
@@ -125,14 +130,14 @@ class LiveMachine(Machine):
     def _where(self, live: "Dict[str, Optional[int]]") -> Where:
         if isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, NoMemory):
             return Where("unknown", "control blocks cannot be read to compare with")
-        blocks = self._blocks_at(self._known)
+        blocks = self._blocks_at(self.places)
         found = decide(live, blocks)
         if found.mode != "unknown":
             return found
         if not self._searchable():
-            return Where("unknown", "memory is too large to be searched for control blocks through the stub: name one")
-        self._known = self._search()
-        return decide(live, self._blocks_at(self._known))
+            return Where("unknown", NOT_SEARCHED)
+        self.places = self._search()
+        return decide(live, self._blocks_at(self.places))
 
     def _searchable(self) -> bool:
         ranges = self.memory.ranges()
@@ -144,13 +149,13 @@ class LiveMachine(Machine):
     def _search(self) -> List[Tuple[str, int]]:
         from vtdbg.scan import scan
 
-        kinds = {"vmcb": "vmcb", "host-save-area": "hsave", "vmcs": "vmcs"}
-        return [(kinds[item.classification], item.address) for item in scan(self.memory) if item.classification in kinds]
+        return [(KINDS[item.classification], item.address) for item in scan(self.memory) if item.classification in KINDS]
 
     def consider(self, kind: str, address: int) -> None:
-        """A control block that the user named: looked at from now on when the mode is decided."""
-        if (kind, address) not in self._known:
-            self._known.append((kind, address))
+        """A control block that the user named or a scan found (`kind` as the scan classifies it): compared with when the mode is decided."""
+        kind = KINDS.get(kind, "")
+        if kind and (kind, address) not in self.places:
+            self.places.append((kind, address))
             if self.where.mode == "unknown":
                 self.stale = True
 

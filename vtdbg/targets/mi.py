@@ -43,7 +43,7 @@ class MiPort(GdbPort):
         self._endpoint, self._patience, self._token = endpoint, patience, 0
         self._gdb: "Optional[GdbController]" = GdbController(_command(program), time_to_check_for_additional_output_sec=0.0001)
         try:
-            for setting in ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5"):
+            for setting in ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5", "tcp auto-retry off"):
                 self.execute(f"set {setting}")
             self._connect(endpoint)
         except BaseException:
@@ -59,6 +59,8 @@ class MiPort(GdbPort):
                 raise TargetError(f"nothing to connect to at {endpoint}: {error}") from error
             raise TargetError(NOBODY.format(endpoint=endpoint, seconds=time.monotonic() - started)) from error
         except TargetError as error:
+            if "refused" in str(error).lower():
+                raise TargetError(f"nothing to connect to: nobody listens at {endpoint}") from error
             if time.monotonic() - started > 4:
                 raise TargetError(NOBODY.format(endpoint=endpoint, seconds=time.monotonic() - started)) from error
             raise TargetError(f"cannot connect to {endpoint}: {error}") from error

@@ -7,7 +7,8 @@ trace) is written against this class and knows no debugger.  What a debugger or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Dict, List, Mapping, Optional
+from contextlib import contextmanager
+from typing import Dict, Iterator, List, Mapping, Optional, TypeVar
 
 from vtdbg.errors import MemoryUnavailable, VtdbgError
 from vtdbg.memory.base import Range
@@ -27,6 +28,9 @@ class Unsupported(TargetError):
     """This debugger or this target cannot do it at all; the text says what would."""
 
 
+_Port = TypeVar("_Port", bound="Port")
+
+
 class Port(ABC):
     """A stopped target, seen from one of its processors.
 
@@ -34,6 +38,12 @@ class Port(ABC):
     """
 
     name: str = "debugger"
+
+    def __enter__(self: _Port) -> _Port:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # -- needed of every debugger ----------------------------------------------------------------------------------------------
 
@@ -102,6 +112,11 @@ class Port(ABC):
         Sets and removes its own breakpoint, and leaves the user's alone.  Only commands whose name says that they resume call this.
         """
         raise Unsupported(f"{self.name} cannot run to an address")
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """What the debugger prints of stops inside is not shown."""
+        yield
 
     def close(self) -> None:
         """Lets go of the target without resuming it."""

@@ -109,7 +109,7 @@ def _same_cr3(live: Registers, side: Registers) -> Optional[bool]:
 
 
 def _by(live: Registers) -> str:
-    return "GDTR and IDTR" if live.get("gdtr_base") is not None else "CR3"
+    return "GDTR and IDTR are" if live.get("gdtr_base") is not None else "CR3 is"
 
 
 def decide(live: Registers, blocks: Sequence[Block]) -> Where:
@@ -127,10 +127,10 @@ def decide(live: Registers, blocks: Sequence[Block]) -> Where:
     if guests and not hosts:
         return _guest(live, guests[0], blocks)
     if guests:
-        return Where("unknown", f"the live {_by(live)} are those of the host and of the guest of {guests[0].title}")
+        return Where("unknown", f"the live {_by(live)} that of the host and of the guest of {guests[0].title}")
     if not any(block.host for block in blocks):
-        return Where("unknown", f"{_by(live)} are not those of any guest found, and no host state is in memory", host_source="live")
-    return Where("unknown", f"the live {_by(live)} are neither the host's nor a guest's of the control blocks found")
+        return Where("unknown", f"{_by(live)} not that of any guest found, and no host state is in memory", host_source="live")
+    return Where("unknown", f"the live {_by(live)} neither the host's nor a guest's of the control blocks found")
 
 
 def _host(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
@@ -142,13 +142,13 @@ def _host(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
             host[name] = None
         notes.append(f"TR, LDTR, FS and GS are still those of the guest of the {guest.title} (until VMLOAD): not the host's")
     block = found if found.kind == "vmcs" else _of_address(blocks, found.block)
-    return Where("host", f"{_by(live)} are the host's, by the {found.title}", block, host, "live", tuple(notes))
+    return Where("host", f"{_by(live)} the host's, by the {found.title}", block, host, "live", tuple(notes))
 
 
 def _guest(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
     saved = found.host or next((block.host for block in blocks if block.kind == "hsave" and block.block == found.address), {})
     source = found.title if found.host else next((block.title for block in blocks if block.kind == "hsave" and block.block == found.address), "")
-    return Where("guest", f"{_by(live)} are those of the guest of the {found.title}", found, saved, source)
+    return Where("guest", f"{_by(live)} that of the guest of the {found.title}", found, saved, source)
 
 
 def _of_address(blocks: Sequence[Block], address: Optional[int]) -> Optional[Block]:

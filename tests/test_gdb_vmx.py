@@ -1,0 +1,212 @@
+"""vtdbg in a real GDB on a live VMX target: a processor model with a small hypervisor behind a gdbstub.
+
+Injection, layout learning, host or guest and the exit trace, with real VMREADs of that processor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+from support.livegdb import error, plugged, unavailable, vtdbg
+from support.vmxcpu import Unavailable
+from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
+
+from vtdbg.targets.inject import Injector
+from vtdbg.targets.mi import MiPort
+from vtdbg.vmx.layout_file import load_layout
+from vtdbg.vmx.vmcs import Vmcs
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[VmxStub]:
+    try:
+        target = VmxStub()
+    except Unavailable as reason:
+        unavailable(str(reason))
+        raise
+    try:
+        yield target
+    finally:
+        target.close()
+
+
+@pytest.fixture
+def at_handler(stub: VmxStub) -> Iterator[MiPort]:
+    """GDB with the plugin, the processor at the first instruction of the exit handler."""
+    with plugged(stub.port) as gdb:
+        gdb.execute(f"vmcs get GUEST_RIP --at {VMCS:#x}")
+        assert gdb.run_to(HANDLER)
+        yield gdb
+
+
+def everything(gdb: MiPort) -> List[Any]:
+    """All registers and the bytes around RIP and below RSP."""
+    registers = gdb.registers()
+    rip, rsp = registers["rip"] or 0, registers["rsp"] or 0
+    return [registers, gdb.read_virtual(rip - 64, 256), gdb.read_virtual(rsp - 0x200, 0x200)]
+
+
+def test_host_mode_by_cr3(at_handler: MiPort) -> None:
+    text = " ".join(at_handler.execute(f"vmcs get GUEST_RIP --at {VMCS:#x}").split())
+    assert f"host mode (CR3 is the host's, by the VMCS at {VMCS:#x})" in text
+
+
+def test_guest_mode_by_cr3(at_handler: MiPort) -> None:
+    """Stepped into the guest, the live CR3 is GUEST_CR3; nothing may be injected there, and nothing is."""
+    assert at_handler.run_to(GUEST + 2)
+    assert at_handler.registers()["cr3"] == GUEST_PML4
+    text = " ".join(at_handler.execute(f"vmcs get GUEST_CR3 --at {VMCS:#x}").split())
+    assert f"GUEST mode (CR3 is that of the guest of the VMCS at {VMCS:#x}); control blocks are as of the last exit" in text
+    before = everything(at_handler)
+    assert "in the host only" in error(at_handler, f"vmcs dump {VMCS:#x} --vmread --yes")
+    assert "in the host only" in error(at_handler, "cpuid 0 --yes")
+    assert everything(at_handler) == before
+
+
+def test_vmread_gives_what_the_page_holds(at_handler: MiPort, stub: VmxStub) -> None:
+    """Every field that the processor's VMREAD gives is what its page holds where the processor's VMWRITE put it; all is as it was."""
+    before = everything(at_handler)
+    at_handler.execute("monitor phys")
+    page = at_handler.read_virtual(VMCS, 4096)
+    at_handler.execute("monitor virt")
+    text = at_handler.execute(f"vmcs dump {VMCS:#x} --vmread --yes --json")
+    report = json.loads(text[text.index("{"):])
+    rows = {row["name"]: int(row["value"], 16) for row in report["vmcs"][0]["fields"]}
+    offline = Vmcs.from_page(page, "bochs_2.8")
+    compared = 0
+    for item in offline.values():
+        if item.field.name in rows and item.field.encoding in stub.layout:
+            assert rows[item.field.name] == item.value, item.field.name
+            compared += 1
+    assert compared > 80
+    assert rows["VM_EXIT_REASON"] in EXITS
+    assert everything(at_handler) == before
+
+
+def test_vmread_that_stands_in_the_code(at_handler: MiPort) -> None:
+    """--no-patch: no byte of code is written, a VMREAD of the handler itself is used."""
+    before = everything(at_handler)
+    patched, found = (at_handler.execute(f"vmcs dump {VMCS:#x} --vmread --yes {option} --group host") for option in ("", "--no-patch"))
+    assert found.partition("VM-exit")[0].splitlines()[-1] == patched.splitlines()[-1]
+    assert everything(at_handler) == before
+
+
+def test_it_asks_before_it_changes_anything(at_handler: MiPort) -> None:
+    before = everything(at_handler)
+    for command in (f"vmcs dump {VMCS:#x} --vmread", "cpuid 0", "msr read 0x480", "sgdt"):
+        assert "--yes" in error(at_handler, command)
+    assert everything(at_handler) == before
+
+
+def test_cpuid_msr_and_sgdt(at_handler: MiPort) -> None:
+    """GenuineIntel, the revision identifier that the VMCS page begins with, and the task register that the host state has."""
+    before = everything(at_handler)
+    assert "0x756e6547" in at_handler.execute("cpuid 0 --yes")
+    assert "REVISION=0x2b" in at_handler.execute("msr read IA32_VMX_BASIC --yes")
+    assert "0x0020" in at_handler.execute("sgdt --yes")
+    assert everything(at_handler) == before
+
+
+class Interrupted(MiPort):
+    """Ctrl-C arrives at the `at`-th command to gdb, before or after gdb has executed it."""
+
+    at, seen, late = -1, 0, False
+
+    def _ask(self, command: str, patience: Any = None) -> List[Dict[str, Any]]:
+        self.seen += 1
+        if self.seen == self.at and not self.late:
+            raise KeyboardInterrupt
+        answer = super()._ask(command, patience)
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+        return answer
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_at_every_step_leaves_the_target_as_it_was(stub: VmxStub, late: bool) -> None:
+    """Ctrl-C at each of the commands that an injected VMREAD consists of: all registers, code and stack bytes are the same afterwards."""
+    with Interrupted(f"127.0.0.1:{stub.port}") as gdb:
+        assert gdb.run_to(HANDLER)
+        before = everything(gdb)
+        gdb.late = late
+        for number in range(1, 200):
+            gdb.at, gdb.seen = number, 0
+            completed = False
+            try:
+                with Injector(gdb, lambda: None) as target:
+                    assert target.vmreads([0x681E]).values[0x681E] >= GUEST
+                    completed = True
+            except KeyboardInterrupt:
+                pass
+            interrupted, gdb.at = gdb.seen >= number, -1
+            assert everything(gdb) == before, number
+            if completed and not interrupted:
+                break
+        else:
+            pytest.fail("the injection never completed")
+        assert number > 40
+
+
+def test_layout_is_learnt(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> None:
+    """What VMREAD against the page places is where the processor's own VMWRITE writes, and the file is a layout that decodes the page."""
+    path = tmp_path / "learnt.json"
+    text = at_handler.execute(f"vmcs layout learn {VMCS:#x} --yes --out {path}")
+    assert "bochs_2.8" in text
+    learnt = load_layout(path)
+    assert len(learnt.fields) >= 15
+    for encoding, place in learnt.fields.items():
+        assert place.offset == stub.layout[encoding], hex(encoding)
+    assert "GUEST_CR3" in at_handler.execute(f"vmcs get GUEST_CR3 --at {VMCS:#x} --layout {path}")
+
+
+def test_exit_trace(at_handler: MiPort) -> None:
+    """The guest's loop exits for CPUID, VMCALL, RDMSR, an EPT violation and HLT, in this order for ever; the breakpoint is gone afterwards."""
+    text = at_handler.execute(f"vt exit trace {HANDLER:#x} --count 10 --vmcs {VMCS:#x} --json")
+    report = json.loads(text[text.index("{"):])
+    codes = [int(row["code"]) for row in report["exits"]]
+    start = EXITS.index(codes[0])
+    assert codes == [EXITS[(start + number) % 5] for number in range(10)]
+    assert {row["what"]: row["count"] for row in report["accesses"]} == {"MSR 0x10 read": "2"}
+    assert "No breakpoints" in at_handler.execute("info breakpoints")
+    assert at_handler.registers()["rip"] == HANDLER
+
+
+def test_exit_trace_stops_at_a_breakpoint_of_the_user(at_handler: MiPort) -> None:
+    at_handler.execute(f"hbreak *{GUEST + 2:#x}")
+    text = at_handler.execute(f"vt exit trace {HANDLER:#x} --count 50 --vmcs {VMCS:#x}")
+    assert "the target stopped elsewhere" in " ".join(text.split())
+    assert at_handler.execute("info breakpoints").count("hw breakpoint") == 1
+    at_handler.execute("delete")
+
+
+def test_through_ept(at_handler: MiPort) -> None:
+    """The hypervisor's EPT maps guest-physical 4 MiB to 6 MiB; what stands there is found through the functions too."""
+    assert at_handler.evaluate("$hpa(0x400010)") == 0x600010
+    assert at_handler.evaluate("$hpa($gpa(0x400010))") == 0x600010
+    assert at_handler.evaluate("$exit_reason()") in EXITS
+    assert "not present" in error(at_handler, "print $hpa(0x800000)")
+
+
+def test_a_session_of_our_own(stub: VmxStub) -> None:
+    text = vtdbg("vmcs", "dump", hex(VMCS), "--vmread", "--yes", "--group", "host", "-s", f"gdb:127.0.0.1:{stub.port}", status=None)
+    assert "HOST_RIP" in text or "in the host only" in text
+
+
+def test_a_stub_without_physical_reads_says_what_is_impossible() -> None:
+    """Bochs' own stub is such a one: no control registers, no monitor, no physical mode."""
+    with VmxStub("plain") as plain, plugged(plain.port, "set architecture i386:x86-64") as gdb:
+        line = error(gdb, f"vmcs dump {VMCS:#x}")
+        assert "cannot read physical memory" in line and "PhyMemMode" in line and "monitor phys" in line
+        assert "host or guest is not known" in " ".join(gdb.execute("vt source info").split())
+
+
+def test_wrong_architecture_is_recognised() -> None:
+    """A stub that does not describe its registers, and a GDB that takes it for 32-bit: the fix that works is printed, and works."""
+    with VmxStub("plain") as plain:
+        text = vtdbg("vmcs", "list", "-s", f"gdb:127.0.0.1:{plain.port}", status=2)
+        assert "set architecture i386:x86-64" in text and text.count("\n") == 1

@@ -1,0 +1,171 @@
+"""Verbs that need a live target: `msr read`, `cpuid`, `sgdt`, `vmcs layout learn`, and VMREADs for `vmcs dump --vmread`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Dict, List, Optional
+
+from vtdbg.commands.registry import Arg, Opt, verb
+from vtdbg.commands.session import Session
+from vtdbg.errors import UsageError
+from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
+from vtdbg.targets.inject import Injector
+from vtdbg.targets.live import LiveMachine
+from vtdbg.vmx.vmcs import Vmcs
+
+YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
+HOST = Opt("--assume-host", "flag", "the processor is in the host, although nothing in memory says so")
+NO_PATCH = Opt("--no-patch", "flag", "use a VMREAD that is in the code already instead of writing one at RIP")
+ASK = "{what}: writes an instruction at RIP of the stopped target, steps it and puts everything back. Do it? (y or n) "
+
+
+def live_machine(session: Session) -> LiveMachine:
+    """The live target; UsageError for a dump."""
+    machine = session.machine
+    if not isinstance(machine, LiveMachine):
+        raise UsageError(f"{machine.name} is a dump: this needs a live target (in GDB, or -s gdb:HOST:PORT)")
+    return machine
+
+
+def injector(session: Session, what: str, yes: bool, assume_host: bool) -> Injector:
+    """To be used with `with`; asks, and refuses outside of the host."""
+    machine = live_machine(session)
+    machine.refresh()
+    machine.mode.virtual()
+    where = machine.where
+
+    def allowed() -> None:
+        if where.mode == "guest":
+            raise UsageError(f"the processor is in a guest ({where.reason}): instructions are injected in the host only; "
+                             "run to the exit handler first")
+        if where.mode != "host" and not assume_host:
+            raise UsageError(f"it is not known whether the processor is in the host ({where.reason}); if you know that it is: --assume-host")
+        if not yes and not _agreed(what):
+            raise UsageError(f"{what} changes the target for a moment: answer y, or give --yes")
+
+    return Injector(machine.port, allowed)
+
+
+def _agreed(what: str) -> bool:
+    if sys.stdin is None or not sys.stdin.isatty():
+        return False
+    try:
+        return input(ASK.format(what=what)).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
+def _report(command: str, session: Session, python: str) -> Report:
+    machine = live_machine(session)
+    lines = ["from vtdbg.targets.inject import Injector", "with Injector(machine.port, lambda: None) as target:", f"    print({python})"]
+    return Report(command, header=session.header(), notes=list(machine.warnings), python=[*session.python_open(), *lines])
+
+
+@verb("msr read", "RDMSR on the stopped processor", Arg("msr", "text", "name or number; several may follow", nargs="+"), YES, HOST, live=True)
+def msr_read(session: Session, msr: List[str], yes: bool, assume_host: bool) -> Report:
+    """The instruction is injected: only in the host at CPL 0, after a yes.  An MSR that does not exist faults; the target is put back even so."""
+    from vtdbg.x86 import msrs
+
+    numbers = [_msr_index(name) for name in msr]
+    with injector(session, "msr read", yes, assume_host) as target:
+        values = {number: target.rdmsr(number) for number in numbers}
+    report = _report("msr read", session, f"hex(target.rdmsr({numbers[0]:#x}))")
+    table = Table("msrs", (("index", "msr"), ("name", "name"), ("value", "value"), ("meaning", "meaning")), headings=False)
+    for number, value in values.items():
+        row = msrs.msrs().get(number)
+        meaning = row.table.describe(value) if row is not None and row.table is not None else ""
+        table.add(hexa(number), row.name if row is not None else "", hexa(value, 16), meaning)
+    report.add(table)
+    return report
+
+
+def _msr_index(name: str) -> int:
+    """By number too: a processor has MSRs that no table names."""
+    from vtdbg.x86 import msrs
+
+    index = msrs.parse_index(name)
+    return msrs.find(name).index if index is None else index
+
+
+@verb("cpuid", "CPUID on the stopped processor", Arg("leaf", "int", "EAX"), Arg("subleaf", "int", "ECX", nargs="?"), YES, HOST, live=True)
+def cpuid(session: Session, leaf: int, subleaf: Optional[int], yes: bool, assume_host: bool) -> Report:
+    """The instruction is injected: only in the host at CPL 0, after a yes."""
+    with injector(session, "cpuid", yes, assume_host) as target:
+        words = target.cpuid(leaf, subleaf or 0)
+    report = _report("cpuid", session, f"target.cpuid({leaf:#x}, {subleaf or 0:#x})")
+    facts = Pairs("cpuid", title=f"CPUID {leaf:#x}" + (f", {subleaf:#x}" if subleaf else ""))
+    for name, value in zip(("eax", "ebx", "ecx", "edx"), words):
+        facts.add(name, name, hexa(value, 8))
+    report.add(facts)
+    return report
+
+
+@verb("sgdt", "GDTR, IDTR, TR and LDTR of the stopped processor, by SGDT, SIDT, STR and SLDT", YES, HOST, live=True)
+def sgdt(session: Session, yes: bool, assume_host: bool) -> Report:
+    """For stubs that do not show them.  The instructions are injected: only in the host at CPL 0, after a yes."""
+    with injector(session, "sgdt", yes, assume_host) as target:
+        found = target.tables()
+    report = _report("sgdt", session, "target.tables()")
+    facts = Pairs("tables")
+    for name, value in found.items():
+        facts.add(name, name.replace("_", " "), hexa(value, 16 if name.endswith("base") else 4))
+    report.add(facts)
+    return report
+
+
+def vmread_vmcs(session: Session, address: Optional[int], yes: bool, assume_host: bool, no_patch: bool, report_notes: List[str]) -> Vmcs:
+    """Every field of the current VMCS by VMREAD, on a processor of any layout.  `address` of its page helps to tell host from guest."""
+    from vtdbg.vmx.fields import fields
+
+    if address is not None:
+        live_machine(session).consider("vmcs", address)
+
+    # Only even encodings: the high halves of 64-bit fields come with the whole.
+    with injector(session, "--vmread", yes, assume_host) as target:
+        result = target.vmreads(sorted(encoding for encoding in fields() if not encoding & 1), patch=not no_patch)
+    if result.overwritten:
+        report_notes.append("VMREADs of fields that this processor lacks have set the VM-instruction error to 12; the value shown is the one before")
+    known: Dict[object, int] = {encoding: value for encoding, value in result.values.items()}
+    return Vmcs.from_values(known, "VMREAD")  # type: ignore[arg-type]
+
+
+@verb(
+    "vmcs layout",
+    "learn this processor's VMCS layout: VMREAD values against the page",
+    Arg("action", "choice", "learn", choices=("learn",)),
+    Arg("address", "address", "physical address of the current VMCS"),
+    Opt("--out", "path", "layout file to write", metavar="FILE"),
+    YES, HOST, NO_PATCH,
+    live=True,
+)
+def layout(session: Session, action: str, address: int, out: Optional[str], yes: bool, assume_host: bool, no_patch: bool) -> Report:
+    """A field is placed where its value is the only one of its kind in the page; fields that are 0 or not unique stay unplaced until another
+    VMCS tells.  The page has to hold what the processor holds: true for emulators, and on hardware after VMCLEAR."""
+    from vtdbg.vmx import fields as vmcs_fields
+    from vtdbg.vmx.layout_file import save_layout
+    from vtdbg.vmx.learn import learn
+
+    machine = live_machine(session)
+    notes: List[str] = []
+    page = machine.memory.read_page(address)
+    vmcs = vmread_vmcs(session, address, yes, assume_host, no_patch, notes)
+    learnt = learn(page, {item.field.encoding: item.value for item in vmcs.values()})
+    report = _report("vmcs layout", session, "target.vmreads([0x681e])")
+    report.notes += notes
+    if out:
+        save_layout(learnt.layout, out)
+    facts = Pairs("layout", title=f"Layout of revision {learnt.layout.revision_ids[0]:#x}")
+    facts.add("placed", "fields placed", f"{len(learnt.layout.fields)} of {learnt.read} read")
+    facts.add("access_rights", "access rights", learnt.layout.access_rights)
+    facts.add("agrees", "agrees with", ", ".join(f"{name} ({same} fields)" for name, same in learnt.agreeing) or "no packaged layout")
+    if out:
+        facts.add("file", "written to", out)
+    report.add(facts)
+    table = Table("fields", (("offset", "offset"), ("size", "size"), ("name", "field")), empty="no field could be placed")
+    for encoding, place in sorted(learnt.layout.fields.items(), key=lambda item: item[1].offset):
+        table.add(hexa(place.offset, 3), str(place.size), vmcs_fields.find(encoding).name)
+    report.add(table)
+    if learnt.unplaced:
+        words = f"{len(learnt.unplaced)} fields are 0 or not unique: not placed"
+        report.add(Lines("unplaced", [Value([f"{item:#x}" for item in learnt.unplaced], words, "dim")]))
+    return report
