@@ -18,7 +18,7 @@ from vtdbg.memory.open import open_machine
 from vtdbg.scan import CLASSES, Found, relate, scan
 from vtdbg.svm import recognise
 from vtdbg.vmx import layouts
-from vtdbg.vmx.find import find_in_ept
+from vtdbg.vmx.find import Budget, find_in_ept
 from vtdbg.vmx.layout_map import Layout
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -277,7 +277,7 @@ def test_an_ept_that_loops_or_is_missing_ends(intel_plain: Path) -> None:
     assert find_in_ept(memory_from_segments([(0x1000, loop)]), 0x101E, {0x1000})[0] == {0x1000: 0}
     assert find_in_ept(memory_from_segments([(0x1000, loop)]), 0x501E, {0x1000}) == ({}, False)
     many = memory_from_segments([(0x1000 * n, struct.pack("<Q", 0x1000 * (n + 1) | 7) * 512) for n in range(1, 9)])
-    assert find_in_ept(many, 0x101E, {0x99000}, limit=2) == ({}, False)
+    assert find_in_ept(many, 0x101E, {0x99000}, Budget(2)) == ({}, False)
 
 
 def test_a_guest_page_is_found_through_five_levels_and_large_pages() -> None:

@@ -19,6 +19,12 @@ def _render(report: Report, options: Dict[str, Any]) -> str:
     return render_text(report, options.get("width") or terminal_width(), wants_colour(sys.stdout, options.get("color") or "auto"))
 
 
+def show_progress(line: str) -> None:
+    """One line on the terminal that the next one replaces; empty to clear it."""
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()
+
+
 def reorder(words: Sequence[str]) -> List[str]:
     """Common options may stand before the group too: `vtdbg -s DUMP vmcs list`."""
     leading: List[str] = []
@@ -45,7 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         from vtdbg.targets.start import start_gdb
 
         return start_gdb(words[1:])
-    session = Session()
+    session = Session(progress=show_progress if sys.stderr.isatty() else None)
     try:
         outcome = run_words(words, session, _render)
         if outcome.error:

@@ -83,12 +83,13 @@ class Pairs:
 
 @dataclass
 class Lines:
-    """Prose: one paragraph an item, wrapped at the width."""
+    """Prose: one paragraph an item, wrapped at the width unless it is `verbatim` (something to type or to copy)."""
 
     key: str
-    lines: List[Cell] = field(default_factory=list)
+    lines: Sequence[Cell] = field(default_factory=list)
     title: str = ""
     bullet: str = ""
+    verbatim: bool = False
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`source info`: what the dump or the target is."""
+"""`source info|scan`: what the dump or the target is, and which hypervisors and VMs are in it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,13 @@ def _cpus(session: Session) -> Table:
         for name in known:
             table.add(str(cpu.index), name, hexa(cpu.get(name), 16), text(cpu.source, "dim"))
     return table
+
+
+@verb("source scan", "which hypervisors, VMs and virtual processors are in the memory, as a tree")
+def scan(session: Session) -> Report:
+    """Finds every VMCS and VMCB and says who runs whom: what VM exits return to, one VM for each set of nested tables, and the hypervisors inside
+    the VMs, found in their guest's memory through its tables.  Ctrl-C shows what was found so far.
+    """
+    from vtdbg.commands.tree import scan_report
+
+    return scan_report(session)

@@ -73,7 +73,8 @@ class TextRenderer:
         lines = []
         for content in block.lines:
             value = cell(content)
-            for line in self._wrapped(block.bullet + value.text, indent=" " * len(block.bullet)):
+            words = block.bullet + value.text
+            for line in [words] if block.verbatim else self._wrapped(words, indent=_indent(block, words)):
                 lines.append(self.mark(line, value))
         return lines
 
@@ -115,6 +116,12 @@ class TextRenderer:
             cells.insert(0, [self.mark(heading, Value(None, heading, "dim")) for heading in headings])
         table = tabulate(cells, tablefmt="plain", disable_numparse=True)
         return table.splitlines()
+
+
+def _indent(block: Lines, words: str) -> str:
+    """Behind the bullet, or deeper than a line that is itself indented (a tree)."""
+    lead = len(words) - len(words.lstrip())
+    return " " * (len(block.bullet) + (lead + 4 if lead else 0))
 
 
 def wants_colour(stream: IO[str], choice: str = "auto", environment: Optional[Mapping[str, str]] = None) -> bool:

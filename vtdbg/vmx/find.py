@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
@@ -160,25 +161,46 @@ def _same_vpid(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
 
 
 def _same_guest(known: Sequence[Known], said: Dict[int, List[str]]) -> None:
-    for item in known:
-        for nested in known if not item.software and not item.vmcs.shadow else ():
-            if not nested.software or not nested.vmcs.get(_GUEST_STATE[0]):
-                continue
-            pairs = [(item.vmcs.get(encoding), nested.vmcs.get(encoding)) for encoding in _GUEST_STATE]
-            used = [(one, other) for one, other in pairs if one and other]
-            if len(used) >= 6 and pairs[0][0] == pairs[0][1] and all(one == other for one, other in used):
-                _say(said, item.address, f"runs the guest of the nested VMCS at {nested.address:#x} ({len(used)} guest registers are equal)")
+    by_stack: Dict[int, List[Known]] = {}
+    for nested in known:
+        stack = nested.vmcs.get(_GUEST_STATE[0])
+        if nested.software and stack:
+            by_stack.setdefault(stack, []).append(nested)
+    for item in known if by_stack else ():
+        if item.software or item.vmcs.shadow:
+            continue
+        for nested in by_stack.get(item.vmcs.get(_GUEST_STATE[0]) or 0, ())[:_PARTNERS]:
+            equal = equal_guest(item.vmcs, nested.vmcs)
+            if equal:
+                _say(said, item.address, f"runs the guest of the nested VMCS at {nested.address:#x} ({equal} guest registers are equal)")
                 _say(said, nested.address, f"its guest ran with the VMCS at {item.address:#x}")
+
+
+_PARTNERS = 8
+"""Nested VMCSs of one stack pointer that are compared: hostile memory can hold the same page a million times."""
+
+
+def equal_guest(one: Vmcs, other: Vmcs) -> int:
+    """How many registers show that both hold the state of one guest; 0 where they do not."""
+    pairs = [(one.get(encoding), other.get(encoding)) for encoding in _GUEST_STATE]
+    used = [(first, second) for first, second in pairs if first and second]
+    same = len(used) >= 6 and pairs[0][0] == pairs[0][1] and all(first == second for first, second in used)
+    return len(used) if same else 0
 
 
 def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemory, said: Dict[int, List[str]]) -> None:
     mapped: Set[int] = set()
     searched = []
+    budget = Budget()
+    by_root: Dict[int, Tuple[Dict[int, int], bool]] = {}
     for item in known:
         eptp = item.vmcs.get(_EPT_POINTER)
         if item.software or item.vmcs.shadow or not eptp or eptp >> 3 & 7 not in (3, 4):
             continue
-        pages, complete = find_in_ept(memory, eptp, wanted)
+        root = eptp & (_TABLE_ADDRESS | 0x38)
+        if root not in by_root:
+            by_root[root] = find_in_ept(memory, eptp, wanted, budget)
+        pages, complete = by_root[root]
         searched.append(complete)
         for page, gpa in pages.items():
             mapped.add(page)
@@ -190,43 +212,74 @@ def _guest_pages(known: Sequence[Known], wanted: Set[int], memory: PhysicalMemor
 
 
 _TABLE_LIMIT = 8192
-_EPT_ADDRESS = 0x000FFFFFFFFFF000
+_SEARCH_LIMIT = 16384
+_TABLE_ADDRESS = 0x000FFFFFFFFFF000
+_ENTRIES = struct.Struct("<512Q")
+_NO_ENTRIES = bytes(PAGE_SIZE)
+EPT_PRESENT, NPT_PRESENT = 5, 1
+"""Bits of which one marks an entry that maps: read or execute (EPT; writable alone is a misconfiguration); present (NPT)."""
 
 
-def find_in_ept(memory: PhysicalMemory, eptp: int, wanted: Set[int], limit: int = _TABLE_LIMIT) -> Tuple[Dict[int, int], bool]:
+class Budget:
+    """What searches through several sets of tables may read together: at most `tables` of them, whatever the pointers say."""
+
+    def __init__(self, tables: int = _SEARCH_LIMIT) -> None:
+        self.left = tables
+
+
+def find_in_ept(memory: PhysicalMemory, eptp: int, wanted: Set[int], budget: Optional[Budget] = None) -> Tuple[Dict[int, int], bool]:
     """Guest-physical addresses of host pages `wanted` in an EPT of 4 or 5 levels: ({host page: GPA}, was everything searched).
 
-    Reads at most `limit` tables.  Entries that cannot be read and misconfigured ones (writable, not readable) are passed over.
+    Reads at most 8192 tables.  Entries that cannot be read and misconfigured ones (writable, not readable) are passed over.
     """
+    return find_in_tables(memory, eptp & _TABLE_ADDRESS, (eptp >> 3 & 7) + 1, EPT_PRESENT, wanted, budget)
+
+
+def find_in_tables(memory: PhysicalMemory, root: int, levels: int, present: int, wanted: Set[int],
+                   budget: Optional[Budget] = None) -> Tuple[Dict[int, int], bool]:
+    """`find_in_ept` for tables of `levels` levels at `root`, whose entries map where one of the bits `present` is set."""
     found: Dict[int, int] = {}
-    tables = deque([(eptp & _EPT_ADDRESS, (eptp >> 3 & 7) + 1, 0)])
-    seen: Set[Tuple[int, int]] = set()
+    budget = budget or Budget()
+    ordered = sorted(wanted)
+    tables = deque([(root, levels, 0)])
+    seen = {(root, levels)}
     complete = True
+    read = 0
     while tables:
         table, level, base = tables.popleft()
-        if (table, level) in seen:
-            continue
-        if len(seen) >= limit:
+        if read >= _TABLE_LIMIT or budget.left <= 0:
             return found, False
-        seen.add((table, level))
+        read += 1
+        budget.left -= 1
         try:
-            entries = struct.unpack("<512Q", memory.read(table, PAGE_SIZE))
+            data = memory.read(table, PAGE_SIZE)
         except MemoryUnavailable:
             complete = False
             continue
+        if data == _NO_ENTRIES or (level == 1 and wanted.isdisjoint(_addresses(data))):
+            continue
         span = 1 << (12 + 9 * (level - 1))
-        for index, entry in enumerate(entries):
-            if not entry & 5:
+        for index, entry in enumerate(_ENTRIES.unpack(data)):
+            if not entry & present:
                 continue
-            address, gpa = entry & _EPT_ADDRESS, base + index * span
+            address, gpa = entry & _TABLE_ADDRESS, base + index * span
             if level > 1 and not entry & 0x80:
-                tables.append((address, level - 1, gpa))
+                if (address, level - 1) not in seen:
+                    seen.add((address, level - 1))
+                    tables.append((address, level - 1, gpa))
             elif level == 1:
                 if address in wanted:
                     found.setdefault(address, gpa)
             elif level < 4:
                 first = address & -span
-                for page in wanted:
-                    if first <= page < first + span:
-                        found.setdefault(page, gpa + page - first)
+                for page in ordered[bisect_left(ordered, first):bisect_left(ordered, first + span)]:
+                    found.setdefault(page, gpa + page - first)
     return found, complete
+
+
+_ALL_ADDRESSES = int.from_bytes(_TABLE_ADDRESS.to_bytes(8, "little") * 512, "little")
+
+
+def _addresses(data: bytes) -> Tuple[int, ...]:
+    """The address bits of all entries of a table at once: most tables lead to nothing that is wanted."""
+    return _ENTRIES.unpack((int.from_bytes(data, "little") & _ALL_ADDRESSES).to_bytes(PAGE_SIZE, "little"))
