@@ -1,7 +1,7 @@
 /* A debugger without windows.  host TARGET COMMAND...: opens the target in dbgeng, executes the commands, prints what the engine prints.
  * TARGET: a dump, kd:OPTIONS of a live kernel, proc:COMMAND for a user-mode process, or - for none.  Before each command: "\x02COMMAND\n".
  * A COMMAND that begins with "!dml " has the engine deliver DML instead of its plain text, as WinDbg's window asks for it; "!serve MILLISECONDS"
- * lets other debuggers use the session (.server) for so long, "!interrupt COMMAND" presses Ctrl-Break before the command. */
+ * lets other debuggers use the session (.server) for so long. */
 #define COBJMACROS
 #define INITGUID
 #include <stdio.h>
@@ -75,10 +75,6 @@ int main(int argc, char **argv)
         if (!strncmp(command, "!serve ", 7)) {
             client->lpVtbl->DispatchCallbacks(client, atoi(command + 7));
             continue;
-        }
-        if (!strncmp(command, "!interrupt ", 11)) {
-            control->lpVtbl->SetInterrupt(control, DEBUG_INTERRUPT_PASSIVE);
-            command += 11;
         }
         control->lpVtbl->Execute(control, DEBUG_OUTCTL_ALL_CLIENTS, command, DEBUG_EXECUTE_NOT_LOGGED);
         client->lpVtbl->FlushCallbacks(client);

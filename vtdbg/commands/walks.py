@@ -23,18 +23,19 @@ MARK = {"mapped": "good", "violation": "bad", "misconfiguration": "bad", "unread
 def walk_group(walk: Walk, title: str, linked: str = "") -> Group:
     """The walk under its title.  `linked` is the command that a click on the resulting address runs ("phys")."""
     data = {"structure": walk.structure, "root": f"{walk.root:#x}", "address": f"{walk.address:#x}", "outcome": walk.outcome}
-    group = Group("walk", title, [steps_table(walk.steps)], data)
+    group = Group("walk", title, [steps_table(walk.steps, linked)], data)
     group.add(result(walk, linked))
     group.blocks += remarks(walk)
     return group
 
 
-def steps_table(steps: Sequence[Step]) -> Table:
-    """One row an entry, in the order in which the processor reads them."""
+def steps_table(steps: Sequence[Step], linked: str = "") -> Table:
+    """One row an entry, in the order in which the processor reads them; `linked` as in `walk_group`, for the entries' own addresses."""
     table = Table("steps", COLUMNS, wrap="flags", empty="no entry was read")
     for step in steps:
         style = "bad" if step.broken else "" if step.present else "dim"
-        place = hexa(step.address, 9) if step.address is not None else text(step.place)
+        link = f"{linked} {step.address:#x}" if linked and step.address is not None else ""
+        place = hexa(step.address, 9, link=link) if step.address is not None else text(step.place)
         table.add(
             f"{step.level} {step.name}",
             place,

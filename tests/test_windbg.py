@@ -1,0 +1,363 @@
+"""WinDbg's engine itself: real dbgeng and pykd under Wine, on dumps that hold the memory of real hypervisors, and on a live kernel.
+
+The same command has to print the same text whoever reads the memory: the core's own reader of dumps, dbgeng through ctypes, dbgeng through pykd,
+and dbgeng over the KD protocol.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+
+import pytest
+from lab_windbg.image import PAGE, Image, gather, wrap, write_dump
+from lab_windbg.kd_stub import READ_PHYSICAL, READ_VIRTUAL, KdStub, Kernel
+from lab_windbg.lab import Lab, Unavailable, windows_path
+from support import dumps
+from support.fixtures import need
+
+import vtdbg
+from vtdbg.commands.run import run_words
+from vtdbg.commands.session import Session
+from vtdbg.render.text import render_text
+
+pytestmark = pytest.mark.live
+
+RUNS = 41
+COMMANDS: Dict[str, List[str]] = {
+    "intel": [
+        "vmcs list",
+        "vmcs dump 0x6826000",
+        "vmcs check 0x6bd9000 --caps bochs-2.7-skylake-x",
+        "vmcs get GUEST_RIP VM_EXIT_REASON",
+        "ept walk 0x1000 --vmcs 0x6826000",
+        "ept walk 0xd0000000 --vmcs 0x6826000 --caps bochs-2.7-skylake-x",
+        "ept dump --vmcs 0x6826000",
+        "gva walk 0xffff800000001000 --vmcs 0x6826000",
+        "exit explain 0x6bd9000",
+        "gdt dump --vmcs 0x6826000",
+        "gdt dump --cpu 1",
+        "idt dump --cpu 0",
+        "tss dump --cpu 1",
+        "phys 0x6826000",
+        "source info --json",
+    ],
+    "amd": [
+        "vmcb list",
+        "vmcb dump",
+        "npt walk 0x1000",
+        "npt walk 0x200000",
+        "npt dump",
+        "gva walk 0xffff800000000091",
+        "gdt dump --cpu 0",
+        "source info --json",
+    ],
+}
+MISSING = "phys 0x3000000000"
+PAIRS = [(name, words) for name, commands in COMMANDS.items() for words in commands]
+PROVENANCE = re.compile(r"\((KPRCB of processor \d+: ProcessorState|DbgEng)\)")
+
+
+class Answers(NamedTuple):
+    """By backend and command: (status, text); what the session said at its end; the stub's side of a live one."""
+
+    by_command: Dict[Tuple[str, str], Tuple[int, str]]
+    longest: int
+    end: Dict[str, Any]
+    stub: "KdStub | None"
+
+
+Segments = List[Tuple[int, bytes]]
+Engines = Dict[str, "Future[Answers]"]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    try:
+        return Lab().prepare()
+    except Unavailable as problem:
+        need("the Windows debugger engine", problem)
+        raise
+
+
+@pytest.fixture(scope="module")
+def memories(intel_plain: Path, amd_exit: Path) -> Dict[str, Segments]:
+    """Pages of the fixtures that hold something, in as many runs as a complete dump can name."""
+    zeros = bytes(PAGE)
+    found = {}
+    for name, path in (("intel", intel_plain), ("amd", amd_exit)):
+        memory = vtdbg.open(str(path)).memory
+        frames = [at >> 12 for start, length in memory.ranges() or () for at in range(start, start + length, PAGE) if memory.read(at, PAGE) != zeros]
+        found[name] = []
+        for first, count in gather(frames, RUNS):
+            pages = [memory.read(at << 12, PAGE) if at in set(frames) else zeros for at in range(first, first + count)]
+            found[name].append((first << 12, b"".join(pages)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def windows_dumps(memories: Dict[str, Segments], dumps_dir: Path) -> Dict[str, Path]:
+    return {name: write_dump(dumps_dir / f"{name}.dmp", wrap(segments)) for name, segments in memories.items()}
+
+
+def ask(lab: Lab, folder: Path, target: str, requests: List[Dict[str, Any]], stub: "KdStub | None" = None) -> Answers:
+    """One process of Windows' Python for all the requests."""
+    file = folder / f"requests-{threading.get_ident()}-{time.monotonic_ns()}"
+    file.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    output = lab.run_python("session.py", target, windows_path(file), timeout=150)
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    assert len(lines) == len(requests) + 1, output[-3000:]
+    answers = [json.loads(line) for line in lines]
+    by_command = {(request["backend"], " ".join(request["words"])): (answer["status"], answer["text"]) for request, answer in zip(requests, answers)}
+    return Answers(by_command, max(answer["longest"] for answer in answers[:-1]), answers[-1], stub)
+
+
+@pytest.fixture(scope="module")
+def engines(lab: Lab, memories: Dict[str, Segments], windows_dumps: Dict[str, Path], dumps_dir: Path) -> Iterator[Engines]:
+    """Every session at the same time: "intel dump", "amd live", ..."""
+    pool = ThreadPoolExecutor(2)
+    started = {}
+    for name, commands in COMMANDS.items():
+        stub = KdStub(Kernel(wrap(memories[name]), {0x480: 0xDA040000000016}))
+        stub.start()
+        live = [{"backend": "ctypes", "words": words.split()} for words in [*commands, MISSING]]
+        live += [{"backend": "pykd", "words": words.split()} for words in (commands[0], commands[-1])]
+        started[f"{name} live"] = pool.submit(ask, lab, dumps_dir, f"kd:{stub.connection}", live, stub)
+        both = [{"backend": backend, "words": words.split()} for backend in ("ctypes", "pykd") for words in [*commands, MISSING]]
+        both.append({"backend": "ctypes", "words": [*commands[0].split(), "--width", "79"], "interrupt": True})
+        started[f"{name} dump"] = pool.submit(ask, lab, dumps_dir, windows_path(windows_dumps[name]), both)
+    yield started
+    pool.shutdown()
+
+
+def by_core(path: Path, words: str) -> Tuple[int, str]:
+    """What the core prints of the dump without a debugger."""
+    session = Session(source=str(path), program="vt")
+    try:
+        outcome = run_words(words.split(), session, lambda report, options: render_text(report, 80))
+    finally:
+        session.close()
+    return outcome.status, outcome.error + "\n" if outcome.error else outcome.text
+
+
+def body(text: str) -> str:
+    """Without the first paragraph's first line or lines, which say who read the memory, and with no other mention of it."""
+    lines = text.splitlines()
+    start = next((index for index, line in enumerate(lines) if not line or line.startswith("! ")), 0)
+    return PROVENANCE.sub("(SOURCE)", "\n".join(lines[start:]))
+
+
+def facts(text: str) -> Tuple[Any, Any]:
+    """Of `source info --json`: memory ranges; registers that every way knows."""
+    data = json.loads(text)
+    return data["ranges"], [(row["cpu"], row["register"], row["value"]) for row in data["cpus"] if row["register"] != "efer"]
+
+
+def assert_same(one: Tuple[int, str], other: Tuple[int, str], words: str) -> None:
+    assert one[0] == other[0], f"{words}: status {one[0]} and {other[0]}\n{other[1]}"
+    if words.endswith("--json"):
+        assert facts(one[1]) == facts(other[1])
+    else:
+        assert body(one[1]) == body(other[1])
+
+
+@pytest.mark.parametrize(("name", "words"), PAIRS)
+def test_the_same_text_from_the_core_and_from_dbgeng(name: str, words: str, windows_dumps: Dict[str, Path], engines: Engines) -> None:
+    """Through ctypes, through pykd, and live; the commands find something, so that equal does not mean equally empty."""
+    core = by_core(windows_dumps[name], words)
+    assert core[0] in (0, 1) and len(core[1]) > 100, core
+    dump, live = engines[f"{name} dump"].result(), engines[f"{name} live"].result()
+    for answers in (dump.by_command["ctypes", words], dump.by_command["pykd", words], live.by_command["ctypes", words]):
+        assert_same(core, answers, words)
+    if ("pykd", words) in live.by_command:
+        assert_same(core, live.by_command["pykd", words], words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_header_says_who_read_the_memory(name: str, engines: Engines) -> None:
+    words = COMMANDS[name][0]
+    dump, live = engines[f"{name} dump"].result(), engines[f"{name} live"].result()
+    for answers, backend, start in ((dump, "ctypes", "complete dump"), (dump, "pykd", "complete dump"), (live, "ctypes", "live kernel"),
+                                    (live, "pykd", "live kernel")):
+        assert answers.by_command[backend, words][1].startswith(f"{start} through DbgEng ({backend})")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_page_that_is_not_there_is_one_line(name: str, windows_dumps: Dict[str, Path], engines: Engines) -> None:
+    dump, live = engines[f"{name} dump"].result(), engines[f"{name} live"].result()
+    core = by_core(windows_dumps[name], MISSING)
+    assert core == dump.by_command["ctypes", MISSING] == dump.by_command["pykd", MISSING]
+    status, text = live.by_command["ctypes", MISSING]
+    assert status == 2 and text == "vt: cannot read 0x80 bytes at physical address 0x3000000000: the target does not answer for it\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_break_is_one_line(name: str, engines: Engines) -> None:
+    status, text = engines[f"{name} dump"].result().by_command["ctypes", COMMANDS[name][0] + " --width 79"]
+    assert (status, text) == (2, "vt: interrupted (Ctrl-Break)\n")
+
+
+def test_msrs_come_from_a_live_kernel_only(engines: Engines) -> None:
+    """dbgeng's ReadMsr fails on every dump; live it is RDMSR of the kernel: EFER 0xd01 there (SCE, LME, LMA, NXE)."""
+    words = "source info --json"
+    dump, live = engines["intel dump"].result(), engines["intel live"].result()
+    for backend in ("ctypes", "pykd"):
+        told = json.loads(dump.by_command[backend, words][1])
+        assert told["source"]["msrs"] == "a dump has no MSRs: RDMSR works on a live kernel only"
+        assert [row for row in told["cpus"] if row["register"] == "efer"] == []
+        shown = json.loads(live.by_command[backend, words][1])
+        assert {row["value"] for row in shown["cpus"] if row["register"] == "efer"} == {"0x0000000000000d01"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_processor_is_switched_and_restored(name: str, engines: Engines) -> None:
+    """Commands looked at both processors of the live kernel; the one that was selected is again, and so is RIP."""
+    live = engines[f"{name} live"].result()
+    assert live.stub is not None and live.stub.failure is None
+    assert set(live.stub.processors_seen) == {0, 1} and live.stub.processors_seen[-1] == 0
+    assert live.end["ctypes"] == live.end["pykd"] == [0, 0xFFFFF80000001000]
+
+
+def test_no_piece_of_output_is_cut(engines: Engines) -> None:
+    assert all(engines[f"{name} {kind}"].result().longest < 16383 for name in COMMANDS for kind in ("dump", "live"))
+
+
+@pytest.fixture(scope="module")
+def debugger(lab: Lab, windows_dumps: Dict[str, Path], dumps_dir: Path, engines: Engines) -> Dict[str, str]:
+    """A session in the debugger's own process: pykd loaded, the alias as `vtdbg windbg` says, commands typed.  Command -> output."""
+    for session in engines.values():
+        session.result()
+    folder = dumps_dir / "script"
+    told = lab.run_python("program.py", "vtdbg", "windbg", "--out", windows_path(folder))
+    typed = [line for line in told.splitlines() if line.startswith((".load", ".prefer_dml", "aS "))]
+    assert len(typed) == 3, told
+    commands = [typed[0], typed[2], "vt vmcs get GUEST_RIP --at 0x6826000", 'vt vmcs get "GUEST_RIP" --at "0x6826000"',
+                "vt gdt decode 0x00209b0000000000", "~1s", "vt gdt dump --cpu 0",
+                "r rip", "vt exit reasons", "vt phys @rip-@rip+0x6826000", "vt vmcs get NOBODY", "vt", typed[1], "!dml vt vmcs list",
+                "!dml vt ept walk 0x1000 --vmcs 0x6826000", "!dml vt vmcs get GUEST_RIP --json --at 0x6826000", ".prefer_dml 0",
+                "!dml vt vmcs list --width 81"]
+    outputs = lab.run_host(windows_path(windows_dumps["intel"]), *commands)
+    return {command.replace("!dml ", "dml "): output for command, output in zip(commands, outputs)}
+
+
+def test_the_alias_carries_the_words(debugger: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+    """`!py` of the bare pykd.pyd passes empty strings; through the alias the words arrive, quoted ones too, and no word of an earlier command."""
+    words = "vmcs get GUEST_RIP --at 0x6826000"
+    assert body(debugger[f"vt {words}"].rstrip("\n")) == body(by_core(windows_dumps["intel"], words)[1])
+    assert debugger['vt vmcs get "GUEST_RIP" --at "0x6826000"'] == debugger[f"vt {words}"]
+    assert "code" in debugger["vt gdt decode 0x00209b0000000000"]
+    assert debugger["vt"].startswith("usage: vt GROUP VERB")
+
+
+def test_the_users_processor_stays_selected(debugger: Dict[str, str]) -> None:
+    """After ~1s a command that looks at processor 0 leaves the debugger at processor 1, whose RIP is another."""
+    assert "GDT of processor 0" in debugger["vt gdt dump --cpu 0"]
+    assert debugger["r rip"].strip() == "rip=fffff80000001001"
+
+
+def test_expressions_of_the_debugger_are_numbers(debugger: Dict[str, str]) -> None:
+    assert "0x000006826000" in debugger["vt phys @rip-@rip+0x6826000"]
+
+
+def test_a_typo_is_one_line(debugger: Dict[str, str]) -> None:
+    assert debugger["vt vmcs get NOBODY"].strip() == "vt: unknown VMCS field 'NOBODY'"
+
+
+def test_long_output_arrives_whole(debugger: Dict[str, str]) -> None:
+    """dbgeng keeps 16,383 characters of one call."""
+    session = Session(program="vt")
+    whole = run_words(["exit", "reasons"], session, lambda report, options: render_text(report, 80)).text
+    assert len(whole) > 16383
+    assert debugger["vt exit reasons"].strip() == whole.strip()
+
+
+def test_dml_reaches_the_window(debugger: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+    """The engine delivers what it parsed as DML (\\x03); what is shown is the plain text; a click on a VMCS runs the next command."""
+    told = debugger["dml vt vmcs list"].replace("\x03", "").replace("\x04", "")
+    assert '<exec cmd="vt vmcs dump 0x6826000">0x6826000</exec>' in told
+    assert body(re.sub(r"<[^>]*>", "", told).rstrip("\n")) == body(by_core(windows_dumps["intel"], "vmcs list")[1])
+    walk = debugger["dml vt ept walk 0x1000 --vmcs 0x6826000"]
+    assert re.search(r'<exec cmd="vt phys 0x[0-9a-f]+">0x001e3d000</exec>', walk)
+
+
+def test_json_and_plain_text_have_no_tags(debugger: Dict[str, str]) -> None:
+    assert "<" not in debugger["dml vt vmcs get GUEST_RIP --json --at 0x6826000"]
+    assert "<" not in debugger["dml vt vmcs list --width 81"]
+
+
+def test_sessions_that_cannot_work_are_refused_in_one_line(lab: Lab, debugger: Dict[str, str], dumps_dir: Path) -> None:
+    """No target, a user-mode process, a 32-bit kernel: each is opened for real."""
+    old = dumps_dir / "x86.dmp"
+    old.write_bytes(dumps.windows32([(0x1000, bytes(0x20000))]))
+    alias = f"aS vt $$>a<{windows_path(dumps_dir / 'script' / 'vt.wds')}"
+    expected = {
+        "-": "vt: the debugger has no target: open a kernel dump (-z MEMORY.DMP) or attach to a kernel",
+        f"proc:{windows_path(lab.python / 'python.exe')}":
+            "vt: a user-mode session has no physical memory and no control registers: open a kernel dump or attach to a kernel",
+        windows_path(old): "vt: the target is 32-bit x86, not x86-64: its hypervisor structures are not read here",
+    }
+    for target, line in expected.items():
+        output = lab.run_host(target, lab.load, alias, "vt vmcs list")[-1]
+        assert [found for found in output.splitlines() if found.startswith("vt:")] == [line], output
+        assert "Traceback" not in output
+
+
+def test_a_python_of_its_own_opens_a_dump_or_a_server(lab: Lab, windows_dumps: Dict[str, Path], debugger: Dict[str, str]) -> None:
+    """Without pykd: `-z DUMP`, and `--remote` to the `.server` of a debugger; for Pythons that pykd is not made for."""
+    dump, words = windows_path(windows_dumps["intel"]), "ept walk 0x1000 --vmcs 0x6826000"
+    core = by_core(windows_dumps["intel"], words)[1]
+    own = lab.run_python("program.py", "vtdbg_windbg", "-z", dump, *words.split())
+    assert body(own) == body(core) + "\nstatus 0"
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(lab.run_host, dump, f".server tcp:port={port}", "!serve 10000")
+        try:
+            wait_for(port)
+            other = lab.run_python("program.py", "vtdbg_windbg", "--remote", f"tcp:server=127.0.0.1,port={port}", *words.split())
+        finally:
+            server.result()
+    assert body(other) == body(core) + "\nstatus 0"
+    lonely = lab.run_python("program.py", "vtdbg_windbg", "vmcs", "list")
+    assert lonely.strip().splitlines()[0].startswith("vt: this Python does not run in a debugger")
+
+
+def wait_for(port: int) -> None:
+    """Until somebody listens: opening the dump takes seconds."""
+    for _ in range(300):
+        with socket.socket() as probe:
+            # Binding fails once the server has the port; connecting to it would count as a client.
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_live_reads_are_cached(memories: Dict[str, Segments], engines: Engines) -> None:
+    """A page is asked for once in a command, in two packets of at most 4,000 bytes: not once for each entry of a table."""
+    live = engines["intel live"].result()
+    assert live.stub is not None
+    pages = sum(len(data) for _, data in memories["intel"]) // PAGE + 0x100
+    scans = 14
+    assert live.stub.requests[READ_PHYSICAL] < 2 * 2 * pages + scans * 60
+    assert live.stub.requests[READ_VIRTUAL] < 2000
+
+
+def test_image_is_what_the_fixture_holds(memories: Dict[str, Segments]) -> None:
+    """The lab's own wrapping changes no byte of the memory that it wraps."""
+    for segments in memories.values():
+        image: Image = wrap(segments)
+        for address, data in segments:
+            assert image.read(address, len(data)) == data
