@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt, verb
@@ -10,17 +10,20 @@ from vtdbg.commands.session import Session, given_registers
 from vtdbg.errors import UsageError
 from vtdbg.numbers import parse_number
 from vtdbg.report import FINDINGS, Group, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.svm.capabilities import SvmCapabilities
 from vtdbg.vmx.adjust import ForcedBit
 from vtdbg.vmx.capabilities import WORD_SOURCES, VmxCapabilities, msr_name, presets
 
 SOURCE = Arg("processor", "text", "a file of MSR values (JSON, rdmsr, vmxcap, a log), or the name of a preset (default: --caps)", nargs="?")
 MSR = Opt("--msr", "text", "one MSR by index or name, added to the file's: 0x48b=0x...", many=True, metavar="MSR=VALUE")
 PRINT_MSRS = ("for index, value in caps.items():", "    print(hex(index), hex(value))")
+MSR_VM_CR = 0xC0010114
+CPUID = Opt("--cpuid", "text", "one CPUID leaf: 0x8000000a=EAX,EBX,ECX,EDX", many=True, metavar="LEAF=REGISTERS")
 DECODED = {"vmx_basic": 0x480, "vmx_misc": 0x485, "ept_vpid_cap": 0x48C, "feature_control": 0x3A}
 
 
-def capabilities(session: Session, processor: Optional[str], msr: Optional[List[str]]) -> VmxCapabilities:
-    """The capabilities that the user named: a file or preset, and single MSRs on top."""
+def capabilities(session: Session, processor: Optional[str], msr: Optional[List[str]], cpuid: Optional[List[str]] = None) -> VmxCapabilities:
+    """The capabilities that the user named: a file or preset, and single MSRs and CPUID leaves on top."""
     if processor is not None:
         session.caps_name = processor
     found = session.caps
@@ -30,6 +33,11 @@ def capabilities(session: Session, processor: Optional[str], msr: Optional[List[
         if not given:
             raise UsageError(f"--msr {item!r}: write MSR=VALUE, for instance 0x48b=0x005fbcff00000000")
         values[name.strip()] = parse_number(value)
+    leaves = dict(_leaf(item) for item in cpuid or [])
+    if leaves:
+        known: Dict[Union[int, str], int] = dict(found.items()) if found is not None else {}
+        known.update(values)
+        return VmxCapabilities.from_msrs(known, found.physical_address_width if found is not None else None, cpuid=leaves)
     if found is None and not values:
         raise UsageError(f"no processor: give a file of MSR values, --msr, or a preset ({', '.join(presets())})")
     if found is None:
@@ -37,10 +45,26 @@ def capabilities(session: Session, processor: Optional[str], msr: Optional[List[
     return found.replaced(values)
 
 
-@verb("caps show", "the control words and features that a processor allows", SOURCE, MSR)
-def show(session: Session, processor: Optional[str], msr: Optional[List[str]]) -> Report:
-    """For each control: may it be 1, must it be 1.  A control whose MSR is not known is unknown, not absent."""
-    caps = capabilities(session, processor, msr)
+def _leaf(text: str) -> Tuple[Tuple[int, int], Tuple[int, int, int, int]]:
+    """LEAF[.SUBLEAF]=EAX,EBX,ECX,EDX."""
+    name, given, values = text.partition("=")
+    registers = [parse_number(value) for value in values.split(",")] if given else []
+    if len(registers) != 4:
+        raise UsageError(f"--cpuid {text!r}: write LEAF=EAX,EBX,ECX,EDX, for instance 0x8000000a=1,0x8000,0,0x119b9cff")
+    leaf, _, subleaf = name.partition(".")
+    return (parse_number(leaf), parse_number(subleaf) if subleaf else 0), (registers[0], registers[1], registers[2], registers[3])
+
+
+@verb("caps show", "the control words and features that a processor allows", SOURCE, MSR, CPUID)
+def show(session: Session, processor: Optional[str], msr: Optional[List[str]], cpuid: Optional[List[str]]) -> Report:
+    """For each control: may it be 1, must it be 1.  A control whose MSR is not known is unknown, not absent.
+
+    Of an AMD processor: the SVM features of CPUID Fn8000_000A and VM_CR.
+    """
+    caps = capabilities(session, processor, msr, cpuid)
+    svm = SvmCapabilities.of(caps)
+    if svm.cpuid(0x8000000A) is not None or caps.msr(MSR_VM_CR) is not None:
+        return _show_svm(session, caps, svm)
     report = Report(
         "caps show",
         notes=[*caps.warnings, *caps.problems()],
@@ -105,9 +129,12 @@ def adjust(session: Session, word: str, wanted: List[str], processor: Optional[s
     "can this processor run VMX or SVM, and what is missing",
     SOURCE,
     MSR,
+    CPUID,
     Opt("--reg", "text", "a register, for what depends on it: cr0=0x80050033, cr4=..., efer=...", many=True, metavar="NAME=VALUE"),
 )
-def support(session: Session, processor: Optional[str], msr: Optional[List[str]], reg: Optional[List[str]]) -> Report:
+def support(
+    session: Session, processor: Optional[str], msr: Optional[List[str]], cpuid: Optional[List[str]], reg: Optional[List[str]]
+) -> Report:
     """CPUID, IA32_FEATURE_CONTROL, the fixed bits of CR0 and CR4, EFER, VM_CR: each met, not met or unknown, and what to do about it.
 
     Registers that are not given are taken from the first processor of the source, where it has one.
@@ -116,7 +143,7 @@ def support(session: Session, processor: Optional[str], msr: Optional[List[str]]
 
     registers: Dict[str, Optional[int]] = dict(session.machine.cpus[0].registers) if session.has_machine and session.machine.cpus else {}
     registers.update(given_registers(reg or []))
-    caps = capabilities(session, processor, msr)
+    caps = capabilities(session, processor, msr, cpuid)
     table = Table(
         "checks",
         (("verdict", "verdict"), ("title", "condition"), ("found", ""), ("id", ""), ("advice", ""), ("see", "")),
@@ -144,6 +171,23 @@ def list_presets(session: Session) -> Report:
         caps = VmxCapabilities.preset(name)
         table.add(name, str(len(caps)), caps.physical_address_width, caps.origin)
     return Report("caps presets", [table], python=["from vtdbg.vmx.capabilities import presets", "print(presets())"])
+
+
+def _show_svm(session: Session, caps: VmxCapabilities, svm: SvmCapabilities) -> Report:
+    """What an AMD processor can do for a hypervisor."""
+    report = Report("caps show", notes=list(caps.warnings), python=_python(session, "print(vtdbg.SvmCapabilities.of(caps).feature('NP'))"))
+    facts = Pairs("processor")
+    leaf = svm.cpuid(0x8000000A)
+    facts.add("revision", "SVM revision", leaf[0] & 0xFF if leaf is not None else None)
+    facts.add("asids", "address-space identifiers", svm.asids)
+    facts.add("physical_address_width", "physical-address width", svm.physical_address_width)
+    report.add(facts)
+    if leaf is not None:
+        report.add(_feature_table("svm_features", leaf[3]))
+    vm_cr = caps.msr(MSR_VM_CR)
+    if vm_cr is not None:
+        report.add(_feature_table("vm_cr", vm_cr))
+    return report
 
 
 def _fixed(name: str, value: Optional[int]) -> Value:

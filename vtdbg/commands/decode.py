@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from vtdbg import decode as decoding
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.session import Session
-from vtdbg.report import FINDINGS, Lines, Report, Table, Value, hexa, text
+from vtdbg.report import FINDINGS, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.svm import bitmaps as svm_bitmaps
+from vtdbg.vmx import bitmaps as vmx_bitmaps
+from vtdbg.x86 import msrs
+from vtdbg.x86.permission import ACCESSES
 
 
 @verb(
@@ -50,4 +56,31 @@ def decode(session: Session, name: str, value: int, all: bool) -> Report:
         report.status = FINDINGS
     if found.notes:
         report.add(Lines("notes", list(found.notes), bullet="- "))
+    return report
+
+
+@verb(
+    "msr show",
+    "an MSR by name or index: names, the bits that intercept it, and a value in words",
+    Arg("msr", "text", "name or index"),
+    Arg("value", "int", "its value", nargs="?"),
+)
+def msr_show(session: Session, msr: str, value: Optional[int]) -> Report:
+    """Every name that sources give the index, and which byte and bit of VMX' MSR bitmap and of SVM's permission map decide about it."""
+    found = msrs.find(msr)
+    facts = Pairs("msr", title=f"MSR {found.index:#x} {found.name}")
+    if found.aliases:
+        facts.add("aliases", "also", Value(list(found.aliases), ", ".join(found.aliases)))
+    for access in ACCESSES:
+        for key, title, place in (
+            ("vmx", "MSR bitmap", vmx_bitmaps.msr_place(found.index, access)),
+            ("svm", "MSRPM", svm_bitmaps.msrpm_place(found.index, access)),
+        ):
+            words = f"byte {place[0]:#x} bit {place[1]}" if place is not None else "no bit: always exits"
+            facts.add(f"{key}_{access}", f"{access}, {title}", Value(place, words))
+    report = Report("msr show", [facts], python=["from vtdbg.x86 import msrs", f"print(msrs.find({msr!r}))"])
+    if value is not None:
+        shown = decode(session, f"msr {found.index:#x}", value, all=False)
+        report.blocks += shown.blocks
+        report.status = shown.status
     return report
