@@ -61,3 +61,11 @@ def hooks(session: Session, eptp: Optional[int], vmcs: Optional[int], **options:
 def lint(session: Session, eptp: Optional[int], vmcs: Optional[int], **options: Any) -> Report:
     """Each remark with where it is and why it matters.  A check that lacks an input is undecided and names it; nothing is claimed without."""
     return lint_report("ept lint", session, ept_roots(session, eptp, vmcs), **options)
+
+
+@verb("ept roots", "EPT roots found from below, without any VMCS: pages that look like tables, and what points to them")
+def roots(session: Session) -> Report:
+    """For memory whose VMCS is gone, on the processor or of an unknown layout.  Each root with evidence, score, and who names it."""
+    from vtdbg.commands.roots import roots_report
+
+    return roots_report("ept roots", session, "ept")

@@ -62,3 +62,11 @@ def hooks(session: Session, ncr3: Optional[int], vmcb: Optional[int], **options:
 def lint(session: Session, ncr3: Optional[int], vmcb: Optional[int], **options: Any) -> Report:
     """Each remark with where it is and why it matters.  A check that lacks an input is undecided and names it; nothing is claimed without."""
     return lint_report("npt lint", session, npt_roots(session, ncr3, vmcb), **options)
+
+
+@verb("npt roots", "NPT roots found from below, without any VMCB: pages that look like tables, and what points to them")
+def roots(session: Session) -> Report:
+    """For memory whose VMCB is gone, on the processor or of an unknown layout.  Each root with evidence, score, and who names it."""
+    from vtdbg.commands.roots import roots_report
+
+    return roots_report("npt roots", session, "npt")
