@@ -24,6 +24,8 @@ _HARMLESS = re.compile(r"[\s.,;:|*`'\"\\<>()-]*(?:<br ?/?>)?[\s.,;:|*`'\"\\<>()-
 _HEX = re.compile(r" ?(0x)?([0-9a-f]{1,16})(?![0-9A-Za-z_]|\.\.|\u2026)", re.IGNORECASE)
 _DECIMAL = re.compile(r" ?([0-9]{1,20})(?![0-9A-Za-z_]|\.\.|\u2026)")
 
+_PIECE = re.compile(r" ?(?:0x?)?[0-9a-f]*", re.IGNORECASE)
+"""What is left of a number at the end of a cut text."""
 _END = re.compile(r" *$")
 
 UNPADDED = "x"
@@ -72,6 +74,8 @@ class Item:
     end: int
     doubtful: bool = False
     foreign: bool = False
+    hidden: bool = False
+    """`<private>` stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,9 @@ def match_phrase(row: Phrase, text: str, position: int, cut: bool = False) -> Op
             symbol = _SYMBOL.match(text, end)
             end = symbol.end() if symbol else end
             remark_end = end if symbol else remark_end
-        foreign = value is None and end < len(text) and not _HIDDEN.match(text, after)
-        items.append(Item(slot, value, after, end, doubtful, foreign))
+        hidden = value is None and _HIDDEN.match(text, after) is not None
+        foreign = value is None and not hidden and (end < len(text) or not _PIECE.fullmatch(text, after, end))
+        items.append(Item(slot, value, after, end, doubtful, foreign, hidden))
         if foreign and found and not slot.words:
             # Columns without labels: what follows a column in another form is not the next column.
             cursor = end

@@ -294,7 +294,8 @@ class _Reader:
 
     def _whole(self, match: Match) -> bool:
         """KVM's pairs of registers count as pairs: half of one can be the beginning of an oops' three."""
-        return self._dialect == XEN or (len(match.items) == len(match.phrase.slots) and not any(item.foreign for item in match.items))
+        return self._dialect == XEN or (
+            len(match.items) == len(match.phrase.slots) and all(item.value is not None or item.hidden for item in match.items))
 
     def _goes_back(self, current: _Open, taken: Sequence[Match]) -> bool:
         """A phrase that a dump prints once stands here again: another dump whose header is lost, or a second processor."""

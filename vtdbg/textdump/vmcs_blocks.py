@@ -52,8 +52,8 @@ def _table_register(name: str, position: int) -> List[Row]:
             _row(f"xen-table.{low}", f"{name}: {{{high}LIMIT:8}} {{{high}BASE:16}}", weak=True, guest=position)]
 
 
-def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False, whole: bool = False, guest: Optional[int] = None, host: Optional[int] = None,
-         control: Optional[int] = None, late_host: Optional[int] = None) -> Row:
+def _row(identifier: str, form: str, *, weak: bool = False, symbol: bool = False, whole: bool = False, guest: Optional[int] = None,
+         host: Optional[int] = None, control: Optional[int] = None, late_host: Optional[int] = None) -> Row:
     places: List[Place] = []
     if guest is not None:
         places.append((GUEST, guest, "GUEST_"))
@@ -260,8 +260,8 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
                 event = _phrase_event(match, record, starts, number)
                 event.at_cut = lines.ends_open and number + len(starts) - 1 == lines.last and match is record.matches[-1]
                 events.append(event)
-            elif match.phrase.strong:
-                events.append(Event(number, "damaged"))
+            elif match.phrase.strong or (record.clean and known):
+                events.append(Event(number, "damaged", data=(match.phrase.id,)))
     events.extend(Event(number, "gap", data=(text,)) for number, text in gaps)
     return sorted(events, key=lambda event: event.line)
 
@@ -400,6 +400,12 @@ def _identity(event: Event) -> str:
     return row.phrase.id if len(row.places) < 2 else ""
 
 
+def _positions(event: Event) -> Set[int]:
+    """The positions that a phrase can have, its value whole or not."""
+    identifier = event.match.phrase.id if event.match is not None else event.data[0] if event.what == "damaged" else ""
+    return {place[1] for place in _places()[identifier].places} if identifier else set()
+
+
 def _runs(pieces: Sequence[List[Event]]) -> List[List[List[Event]]]:
     """Pieces that follow each other with nothing in between that tells them apart."""
     runs: List[List[List[Event]]] = []
@@ -417,8 +423,7 @@ def _as_segment(piece: Sequence[Event]) -> Segment:
     positions = [event.anchor[1] for event in piece if event.anchor is not None]
     present: Set[int] = set(positions)
     for event in piece:
-        if event.match is not None:
-            present.update(place[1] for place in _places()[event.match.phrase.id].places)
+        present |= _positions(event)
     starts = piece[0].what in _OPENING or (bool(positions) and positions[0] <= 1)
     low, high = (1 if starts else min(positions, default=1)), max(positions, default=0)
     hole = any(low < position < high and position not in present for position in ALWAYS)
@@ -482,8 +487,7 @@ def _neighbour(events: Sequence[Event], index: int, step: int) -> _Neighbour:
         gap |= event.what == "gap"
         if event.anchor is not None:
             return _Neighbour(event.anchor[1], gap, frozenset(present))
-        if event.match is not None:
-            present.update(place[1] for place in _places()[event.match.phrase.id].places)
+        present |= _positions(event)
         at += step
     return _Neighbour(None, gap, frozenset(present))
 
