@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from lab_windbg.image import PAGE, Image, gather, wrap, write_dump
-from lab_windbg.kd_stub import READ_PHYSICAL, READ_VIRTUAL, KdStub, Kernel
+from lab_windbg.kd_stub import READ_PHYSICAL, READ_VIRTUAL, KdStub, Kernel, VmxRoot
 from lab_windbg.lab import Lab, Unavailable, windows_path
 from support import dumps
 from support.fixtures import need
@@ -60,6 +60,9 @@ COMMANDS: Dict[str, List[str]] = {
     ],
 }
 MISSING = "phys 0x3000000000"
+VMCS = 0x6826000
+VMREAD = f"vmcs dump {VMCS:#x} --vmread --assume-host --json"
+INJECTED = {"intel": [f"{VMREAD} --yes", VMREAD, "msr read 0xc0000080 0x480", "msr read 0x490"], "amd": []}
 PAIRS = [(name, words) for name, commands in COMMANDS.items() for words in commands]
 PROVENANCE = re.compile(r"\((KPRCB of processor \d+: ProcessorState|DbgEng)\)")
 
@@ -118,15 +121,21 @@ def ask(lab: Lab, folder: Path, target: str, requests: List[Dict[str, Any]], stu
     return Answers(by_command, max(answer["longest"] for answer in answers[:-1]), answers[-1], stub)
 
 
+def vmcs_of(segments: Segments) -> vtdbg.Vmcs:
+    return vtdbg.Vmcs.from_page(vtdbg.memory_from_segments(segments).read_page(VMCS))
+
+
 @pytest.fixture(scope="module")
 def engines(lab: Lab, memories: Dict[str, Segments], windows_dumps: Dict[str, Path], dumps_dir: Path) -> Iterator[Engines]:
     """Every session at the same time: "intel dump", "amd live", ..."""
     pool = ThreadPoolExecutor(2)
     started = {}
     for name, commands in COMMANDS.items():
-        stub = KdStub(Kernel(wrap(memories[name]), {0x480: 0xDA040000000016}))
+        # With the VMCS of the fixture as the current one of the live kernel's processor.
+        current = VmxRoot({item.field.encoding: item.value for item in vmcs_of(memories["intel"]).values()})
+        stub = KdStub(Kernel(wrap(memories[name]), {0x480: 0xDA040000000016}, current))
         stub.start()
-        live = [{"backend": "ctypes", "words": words.split()} for words in [*commands, MISSING]]
+        live = [{"backend": "ctypes", "words": words.split()} for words in [*commands, MISSING, *INJECTED[name]]]
         live += [{"backend": "pykd", "words": words.split()} for words in (commands[0], commands[-1])]
         started[f"{name} live"] = pool.submit(ask, lab, dumps_dir, f"kd:{stub.connection}", live, stub)
         both = [{"backend": backend, "words": words.split()} for backend in ("ctypes", "pykd") for words in [*commands, MISSING]]
@@ -226,6 +235,35 @@ def test_the_processor_is_switched_and_restored(name: str, engines: Engines) -> 
 
 def test_no_piece_of_output_is_cut(engines: Engines) -> None:
     assert all(engines[f"{name} {kind}"].result().longest < 16383 for name in COMMANDS for kind in ("dump", "live"))
+
+
+def test_vmread_by_injection(memories: Dict[str, Segments], engines: Engines) -> None:
+    """Every field of the current VMCS by a VMREAD that is written at RIP and stepped over KD; afterwards code and registers are as they were."""
+    live = engines["intel live"].result()
+    status, text = live.by_command["ctypes", f"{VMREAD} --yes"]
+    assert status == 0, text
+    read = {row["name"]: int(row["value"], 16) for group in json.loads(text)["vmcs"] for row in group["fields"]}
+    page = {item.field.name: item.value for item in vmcs_of(memories["intel"]).values()}
+    assert {name: value for name, value in page.items() if value} == {name: value for name, value in read.items() if value}
+    assert live.stub is not None and live.stub.failure is None
+    kernel, fresh = live.stub.kernel, Kernel(wrap(memories["intel"]))
+    assert isinstance(kernel.execute, VmxRoot) and kernel.execute.vmreads >= len(page)
+    assert bytes(kernel.context[0][:0x100]) == bytes(fresh.context[0][:0x100])
+    assert kernel.image.read_linear(kernel.rip(0) - 16, 64) == fresh.image.read_linear(fresh.rip(0) - 16, 64)
+
+
+def test_injection_needs_a_yes(engines: Engines) -> None:
+    status, text = engines["intel live"].result().by_command["ctypes", VMREAD]
+    assert status == 2 and text.startswith("vt: --vmread changes the target for a moment") and text.count("\n") == 1
+
+
+def test_rdmsr_is_the_engines_own(engines: Engines) -> None:
+    """Nothing is injected for it; an MSR that the target refuses is one line."""
+    live = engines["intel live"].result()
+    status, text = live.by_command["ctypes", "msr read 0xc0000080 0x480"]
+    assert status == 0 and "0x0000000000000d01" in text and "0x00da040000000016" in text
+    status, text = live.by_command["ctypes", "msr read 0x490"]
+    assert status == 2 and text.startswith("vt: MSR 0x490: the target refuses RDMSR") and text.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,35 @@ def skip_instruction(kernel: "Kernel", cpu: int) -> None:
     kernel.set_rip(cpu, rip + (3 if kernel.image.read_linear(rip, 3) == b"\x0f\x01\xc1" else 1))
 
 
+class VmxRoot:
+    """A processor in VMX root operation with a current VMCS: VMREAD RAX, RCX and VMWRITE RCX, RAX as the kernel's code at RIP.
+
+    `values` by encoding.  An encoding that is not among them fails with ZF and VM-instruction error 12 (SDM vol. 3, VMREAD; VM Instruction Error
+    Numbers).  RIP's code is what memory holds when the instruction is stepped: what the debugger wrote there.
+    """
+
+    VMREAD, VMWRITE, ERROR, FLAGS, RAX, RCX = b"\x0f\x78\xc8", b"\x0f\x79\xc8", 0x4400, 0x8D5, 0x78, 0x80
+
+    def __init__(self, values: Mapping[int, int]) -> None:
+        self.values, self.vmreads = dict(values), 0
+
+    def __call__(self, kernel: "Kernel", cpu: int) -> None:
+        context, code = kernel.context[cpu], kernel.image.read_linear(kernel.rip(cpu), 3)
+        if code not in (self.VMREAD, self.VMWRITE):
+            return skip_instruction(kernel, cpu)
+        rax, rcx = (struct.unpack_from("<Q", context, at)[0] for at in (self.RAX, self.RCX))
+        flags = struct.unpack_from("<I", context, CONTEXT_FLAGS)[0] & ~self.FLAGS
+        if rcx not in self.values:
+            flags, self.values[self.ERROR] = flags | 0x40, 12
+        elif code == self.VMWRITE:
+            self.values[rcx] = rax
+        else:
+            self.vmreads += 1
+            struct.pack_into("<Q", context, self.RAX, self.values[rcx])
+        struct.pack_into("<I", context, CONTEXT_FLAGS, flags)
+        return kernel.set_rip(cpu, kernel.rip(cpu) + 3)
+
+
 class Kernel:
     """Memory and processors as the kernel's own debugging code sees them."""
 

@@ -11,6 +11,7 @@ from vtdbg.errors import UsageError
 from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
+from vtdbg.targets.port import Unsupported
 from vtdbg.vmx.vmcs import Vmcs
 
 YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
@@ -67,8 +68,12 @@ def msr_read(session: Session, msr: List[str], yes: bool, assume_host: bool) -> 
     from vtdbg.x86 import msrs
 
     numbers = [_msr_index(name) for name in msr]
-    with injector(session, "msr read", yes, assume_host) as target:
-        values = {number: target.rdmsr(number) for number in numbers}
+    try:
+        # A debugger that reads MSRs itself changes nothing and needs no yes.
+        values = {number: live_machine(session).port.rdmsr(number) for number in numbers}
+    except Unsupported:
+        with injector(session, "msr read", yes, assume_host) as target:
+            values = {number: target.rdmsr(number) for number in numbers}
     report = _report("msr read", session, f"hex(target.rdmsr({numbers[0]:#x}))")
     table = Table("msrs", (("index", "msr"), ("name", "name"), ("value", "value"), ("meaning", "meaning")), headings=False)
     for number, value in values.items():

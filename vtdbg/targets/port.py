@@ -94,6 +94,10 @@ class Port(ABC):
         """Where the stub listens, "HOST:PORT", or None."""
         return None
 
+    def rdmsr(self, index: int) -> int:
+        """A model-specific register of the selected processor, where the debugger itself reads them (DbgEng does)."""
+        raise Unsupported(f"{self.name} does not read MSRs")
+
     def processors(self) -> Dict[int, str]:
         """The debugger's numbers of the processors, with a title each."""
         return {}

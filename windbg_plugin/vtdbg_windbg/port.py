@@ -11,11 +11,14 @@ from vtdbg.targets.port import GENERAL, Port, TargetError, Unsupported, unavaila
 from vtdbg_windbg.engine import Engine, EngineError, check
 from vtdbg_windbg.memory import EngineMemory
 
-# Name in vtdbg -> name in dbgeng.
+SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss")
+
+# Name in vtdbg -> name in dbgeng; the port's users know a selector as "cs", those of Cpu.registers as "cs_selector".
 NAMES: Mapping[str, str] = {
     **{name: name for name in GENERAL},
     "rip": "rip", "rflags": "efl",
-    **{f"{name}_selector": name for name in ("cs", "ds", "es", "fs", "gs", "ss")},
+    **{name: name for name in SEGMENTS},
+    **{f"{name}_selector": name for name in SEGMENTS},
     "cr0": "cr0", "cr2": "cr2", "cr3": "cr3", "cr4": "cr4", "cr8": "cr8",
     "dr0": "dr0", "dr1": "dr1", "dr2": "dr2", "dr3": "dr3", "dr6": "dr6", "dr7": "dr7",
     "gdtr_base": "gdtr", "gdtr_limit": "gdtl", "idtr_base": "idtr", "idtr_limit": "idtl", "tr_selector": "tr", "ldtr_selector": "ldtr",
@@ -45,7 +48,12 @@ class DbgEngPort(Port):
         return not self.debuggee.dump
 
     def registers(self) -> Mapping[str, Optional[int]]:
-        found: Dict[str, Optional[int]] = {name: self.engine.register(theirs) for name, theirs in NAMES.items()}
+        """Without MSRs, each of which is a round trip: `with_msrs` has them."""
+        return {name: self.engine.register(theirs) for name, theirs in NAMES.items()}
+
+    def with_msrs(self) -> Mapping[str, Optional[int]]:
+        """The registers, and those that RDMSR gives; None where the target refuses."""
+        found: Dict[str, Optional[int]] = dict(self.registers())
         for name, index in MSRS.items():
             try:
                 found[name] = self.rdmsr(index)

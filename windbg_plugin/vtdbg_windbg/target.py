@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Mapping, Optional
+from typing import Iterator, Mapping, Optional
 
 from vtdbg.machine import Cpu, Machine
 from vtdbg.numbers import size_text
+from vtdbg.targets.live import LiveMachine
+from vtdbg.targets.physical import PhysicalMode
+from vtdbg.targets.stub import Dialect
+from vtdbg.targets.where import Where, decide
 from vtdbg_windbg.memory import EngineCache
 from vtdbg_windbg.port import NO_MSRS, DbgEngPort
+
+SESSION, FORMAT = "the debugger's session", "dbgeng"
 
 
 class LaterRegisters(Mapping[str, Optional[int]]):
@@ -20,7 +26,7 @@ class LaterRegisters(Mapping[str, Optional[int]]):
     def _registers(self) -> Mapping[str, Optional[int]]:
         if self._found is None:
             with self._port.on(self._number):
-                self._found = self._port.registers()
+                self._found = self._port.with_msrs()
         return self._found
 
     def __getitem__(self, name: str) -> Optional[int]:
@@ -33,13 +39,41 @@ class LaterRegisters(Mapping[str, Optional[int]]):
         return len(self._registers())
 
 
+class DbgEngMachine(LiveMachine):
+    """A live kernel session: what LiveMachine is for a stub, with all processors, and physical memory that the engine reads itself."""
+
+    def __init__(self, port: DbgEngPort) -> None:
+        self.port = port
+        self.dialect = Dialect("dbgeng", "", monitor=False)
+        self.mode = PhysicalMode(port, self.dialect)
+        self.where = Where("unknown", "not looked at yet")
+        self.stale, self.places = True, []
+        Machine.__init__(self, EngineCache(port.memory), SESSION, FORMAT, live=True)
+        _describe(self, port)
+
+    def refresh(self) -> None:
+        """Finds out whether the selected processor is in the host, by the control blocks that a command named or a scan found."""
+        if self.stale:
+            self.where = decide(self.port.registers(), self._blocks_at(self.places))
+            self.stale = False
+
+    def release(self) -> None:
+        """The session is the debugger's: nothing is let go of."""
+        return
+
+
 def machine_of(port: DbgEngPort) -> Machine:
     """The session that the port looks at.  Its memory is a page cache: `drop` it when the target has run."""
-    debuggee, engine = port.debuggee, port.engine
-    source = f"DbgEng ({engine.name})"
-    cpus: List[Cpu] = [Cpu(number, LaterRegisters(port, number), port.name) for number in port.processors()]
-    details: Dict[str, str] = {"session": debuggee.title, "processors": str(len(cpus)), "MSRs": "by RDMSR" if port.live else NO_MSRS}
-    ranges = port.physical_ranges()
+    if port.live:
+        return DbgEngMachine(port)
+    machine = Machine(EngineCache(port.memory), SESSION, FORMAT)
+    _describe(machine, port)
+    return machine
+
+
+def _describe(machine: Machine, port: DbgEngPort) -> None:
+    debuggee, ranges = port.debuggee, port.physical_ranges()
+    machine.cpus = [Cpu(number, LaterRegisters(port, number), port.name) for number in port.processors()]
+    machine.details = {"session": debuggee.title, "processors": str(len(machine.cpus)), "MSRs": "by RDMSR" if port.live else NO_MSRS}
     total = f", {size_text(sum(length for _, length in ranges))} of physical memory" if ranges else ""
-    provenance = f"{'live kernel' if port.live else debuggee.title} through {source}{total}"
-    return Machine(EngineCache(port.memory), "the debugger's session", "dbgeng", provenance, cpus, details, [], port.live)
+    machine.provenance = f"{'live kernel' if port.live else debuggee.title} through {port.name} ({port.engine.name}){total}"
