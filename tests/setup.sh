@@ -9,6 +9,8 @@ need() {  # need COMMAND PACKAGE
 need g++ g++
 need as binutils
 need qemu-system-x86_64 qemu-system-x86
+need chromium chromium
+need chromedriver chromium-driver
 need /usr/lib/wine/wine64 wine64
 need x86_64-w64-mingw32-gcc gcc-mingw-w64-x86-64-win32
 [ -z "$missing" ] && exit 0

@@ -63,7 +63,7 @@ def msr_dump(session: Session, vmcs: Optional[int], vmcb: Optional[int], at: Opt
     for owner in owners:
         group = Group("bitmaps", f"MSR bitmap of {owner.title}", [])
         report.add(group)
-        found = _msr_bitmap(owner, session.machine.memory)
+        found = msr_bitmap_of(owner, session.machine.memory)
         if isinstance(found, str):
             group.add(Lines("why", [Value(found, found, "warn")]))
             continue
@@ -88,7 +88,7 @@ def msr_query(session: Session, msr: List[str], vmcs: Optional[int], vmcb: Optio
     for owner in owners:
         answers = [_msr_answer(owner, session.machine.memory, index, access) for index in indexes for access in (READ, WRITE)]
         report.add(Group("bitmaps", f"MSR bitmap of {owner.title}", [_answers(answers)]))
-        found = _msr_bitmap(owner, session.machine.memory)
+        found = msr_bitmap_of(owner, session.machine.memory)
         if not isinstance(found, str):
             report.python.append(_python(found, owner))
             report.python.append(f"print(bitmap.query({indexes[0]:#x}, 'read'))")
@@ -159,7 +159,7 @@ def io_query(
     return report
 
 
-def _msr_bitmap(owner: Owner, memory: PhysicalMemory) -> "vmx_maps.MsrBitmap | svm_maps.MsrPermissionMap | str":
+def msr_bitmap_of(owner: Owner, memory: PhysicalMemory) -> "vmx_maps.MsrBitmap | svm_maps.MsrPermissionMap | str":
     """The bitmap, or why there is none."""
     if owner.page is not None:
         return svm_maps.MsrPermissionMap.read(memory, owner.page) if owner.svm else vmx_maps.MsrBitmap.read(memory, owner.page)
@@ -198,7 +198,7 @@ def _msr_answer(owner: Owner, memory: PhysicalMemory, index: int, access: str) -
         return vmx_maps.query_msr(owner.vmcs, memory, index, access)
     if owner.vmcb is not None:
         return svm_maps.query_msr(owner.vmcb, memory, index, access)
-    found = _msr_bitmap(owner, memory)
+    found = msr_bitmap_of(owner, memory)
     if isinstance(found, str):
         raise UsageError(found)
     return found.query(index, access)

@@ -69,7 +69,7 @@ def map_blocks(picture: AddressMap, by: str = "perm", rows: int = 24) -> List[Bl
     table = Table("rows", (("start", "guest-physical"), ("cells", "cells")), headings=False)
     for line in drawn.lines:
         if isinstance(line, Gap):
-            table.add(Value(f"{line.start:#x}", "..."), Value("", f"nothing mapped for {size_text(line.end - line.start)}", "dim"))
+            table.add(Value(f"{line.start:#x}", "..."), Value("", f"nothing mapped for {about(line.end - line.start)}", "dim"))
         else:
             table.add(hexa(line.start, 12), line.cells)
     legend = Table("legend", (("letter", "letter"), ("meaning", "meaning")), headings=False)
@@ -80,6 +80,17 @@ def map_blocks(picture: AddressMap, by: str = "perm", rows: int = 24) -> List[Bl
     if any(letter.islower() for line in drawn.lines if not isinstance(line, Gap) for letter in line.cells):
         legend.add("a-z", "small letter: mapped in part")
     return [Lines("scale", [scale]), table, legend, *aggregation(picture), *marks(picture), *problems(picture)]
+
+
+def about(size: int) -> str:
+    """A size in a unit in which it is short: gaps are not worth seven digits."""
+    exact = size_text(size)
+    if len(exact.split()[0]) <= 4:
+        return exact
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
+        if size >= unit:
+            return f"about {size / unit:.1f} {name}"
+    return exact
 
 
 def aggregation(picture: AddressMap) -> List[Block]:

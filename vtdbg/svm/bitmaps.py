@@ -77,17 +77,22 @@ class MsrPermissionMap:
         """The MSRs whose access does not exit, as ranges with names."""
         check_access(access)
         found: List[MsrRange] = []
-        for first, offset in MSR_RANGES.items():
-            found.extend(named_ranges(bit_ranges.clear_ranges(_every_other(self.data[offset:offset + 0x800], access)), first))
+        for first in MSR_RANGES:
+            found.extend(named_ranges(bit_ranges.clear_ranges(self.bits(first, access)), first))
         return tuple(found)
 
     def intercepted(self, access: str) -> Tuple[MsrRange, ...]:
         """The MSRs of the three ranges whose access exits; those outside always do."""
         check_access(access)
         found: List[MsrRange] = []
-        for first, offset in MSR_RANGES.items():
-            found.extend(named_ranges(bit_ranges.set_ranges(_every_other(self.data[offset:offset + 0x800], access)), first))
+        for first in MSR_RANGES:
+            found.extend(named_ranges(bit_ranges.set_ranges(self.bits(first, access)), first))
         return tuple(found)
+
+    def bits(self, first: int, access: str) -> bytes:
+        """The bits of reads or of writes of a range of MSRs (`first` a key of MSR_RANGES), one bit an MSR."""
+        offset = MSR_RANGES[first]
+        return _every_other(self.data[offset:offset + 0x800], access)
 
 
 def _every_other(pairs: bytes, access: str) -> bytes:

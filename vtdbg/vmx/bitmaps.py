@@ -74,12 +74,16 @@ class MsrBitmap:
         """The MSRs that a bit makes exit; those outside both ranges always do."""
         return self._ranges(access, bit_ranges.set_ranges)
 
+    def bits(self, first: int, access: str) -> bytes:
+        """The 1 KByte of a range of MSRs (`first` 0 or HIGH_FIRST), one bit an MSR."""
+        offset = MSR_REGIONS[access, first]
+        return self.page[offset:offset + 0x400]
+
     def _ranges(self, access: str, find: Callable[[bytes], bit_ranges.Ranges]) -> Tuple[MsrRange, ...]:
         check_access(access)
         found: List[MsrRange] = []
         for first in (0, HIGH_FIRST):
-            offset = MSR_REGIONS[access, first]
-            found.extend(named_ranges(find(self.page[offset:offset + 0x400]), first))
+            found.extend(named_ranges(find(self.bits(first, access)), first))
         return tuple(found)
 
 
