@@ -7,6 +7,11 @@ need() {  # need COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
 }
 need g++ g++
+need gcc gcc
+need objcopy binutils
+need gdb gdb
+need qemu-system-x86_64 qemu-system-x86
+need busybox busybox-static
 need as binutils
 need qemu-system-x86_64 qemu-system-x86
 need chromium chromium

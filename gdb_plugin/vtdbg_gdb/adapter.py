@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import contextmanager
 from typing import Any, Iterator, Optional
 
@@ -11,6 +12,15 @@ import gdb
 from vtdbg.errors import UsageError
 from vtdbg.targets.gdbtext import NO_TARGET, NOT_STOPPED, GdbPort, error_of
 from vtdbg.targets.port import TargetError, TargetGone, unavailable
+
+
+def _machine_interface() -> bool:
+    """Is this GDB driven through MI?  GDB itself does not tell its Python."""
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            return re.search(rb"(?:^|\0)--?i(?:nterpreter)?[=\0]mi", file.read()) is not None
+    except OSError:
+        return False
 
 
 class InProcessPort(GdbPort):
@@ -27,6 +37,10 @@ class InProcessPort(GdbPort):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         # GDB prints every stop on its own, to_string or not: where it prints leads elsewhere for the time.
+        if _machine_interface():
+            # The stop's records are the protocol; a client does not show them as text.
+            yield
+            return
         gdb.flush()
         kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
         try:

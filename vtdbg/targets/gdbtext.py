@@ -15,7 +15,8 @@ WRONG_ARCHITECTURE = (
     "architecture.  Type: disconnect, then: set architecture i386:x86-64, then: target remote {endpoint}"
 )
 NOT_STOPPED = "the target is running: stop it first (Ctrl-C, or `interrupt`)"
-NO_TARGET = "GDB has no target: connect first, for instance `target remote 127.0.0.1:1234`"
+NO_TARGET = ("GDB has no target: connect first, for instance `target remote 127.0.0.1:1234`; where GDB refuses that because of the 'g' packet, "
+             "type `set architecture i386:x86-64` before it")
 GONE = "the connection to the target is lost: {text}; connect again (QEMU keeps the target as it was)"
 
 _WRONG = re.compile(r"'g' packet reply is too long|Truncated register \d+ in remote 'g' packet|Bogus trace status reply|unexpected register size")

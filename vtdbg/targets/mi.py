@@ -41,9 +41,10 @@ class MiPort(GdbPort):
         if shutil.which(program) is None:
             raise TargetError(f"{program} is not installed: a live source needs GDB 11 or newer (VTDBG_GDB names another one)")
         self._endpoint, self._patience, self._token = endpoint, patience, 0
+        self._unread: List[Dict[str, Any]] = []
         self._gdb: "Optional[GdbController]" = GdbController(_command(program), time_to_check_for_additional_output_sec=0.0001)
         try:
-            for setting in ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5", "tcp auto-retry off"):
+            for setting in ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5", "architecture i386:x86-64", "tcp auto-retry off"):
                 self.execute(f"set {setting}")
             self._connect(endpoint)
         except BaseException:
@@ -79,17 +80,27 @@ class MiPort(GdbPort):
         if gdb is None:
             raise TargetGone("the connection is closed")
         self._token += 1
-        token, records = self._token, []
+        token = last = self._token
+        records: List[Dict[str, Any]] = []
         self._write(gdb, f"{token}{command}")
         end = time.monotonic() + (patience or self._patience)
         while True:
-            for record in self._read(gdb, end):
+            self._unread += self._read(gdb, end) if not self._unread else []
+            while self._unread:
+                # What comes with the result and behind it (a stop) is for who asks next.
+                record = self._unread.pop(0)
                 records.append(record)
-                if record["type"] == "result" and record.get("token") == token:
+                if record["type"] != "result":
+                    continue
+                if record.get("token") in (token, last):
                     if record["message"] == "error":
                         raise error_of(str((record.get("payload") or {}).get("msg", "")), self._endpoint)
-                    return records
-                if record["type"] == "result":
+                    if record["message"] != "running" or not command.startswith("-interpreter-exec"):
+                        return records
+                    # A console command that resumes is answered when it resumes, and goes on: it is over when the next one is answered.
+                    self._token = last = token + 1
+                    self._write(gdb, f"{last}-list-features")
+                else:
                     records.clear()
             if time.monotonic() > end:
                 raise TargetGone(f"no answer from the target within {patience or self._patience:.0f} s ({command[:60]})")
@@ -146,7 +157,7 @@ class MiPort(GdbPort):
         gdb = self._gdb
         try:
             while gdb is not None and not any(item["type"] == "notify" and item["message"] == "stopped" for item in records):
-                records = self._read(gdb, end)
+                records, self._unread = self._unread or self._read(gdb, end), []
                 if time.monotonic() > end:
                     raise TargetError(f"the target did not stop within {patience:.0f} s")
         except (TargetError, KeyboardInterrupt):
