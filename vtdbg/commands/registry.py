@@ -62,7 +62,7 @@ class Verb:
 
 # The modules of a group are imported only when one of its verbs is used, so that `--help` and completion of others stay fast.
 MODULES: Mapping[str, Tuple[str, ...]] = {
-    "vmcs": ("vmcs", "checks", "live", "record_diff"),
+    "vmcs": ("vmcs", "checks", "live", "record_diff", "infer"),
     "vmcb": ("vmcb", "checks", "record_diff"),
     "ept": ("ept", "maps"),
     "npt": ("npt", "maps"),

@@ -142,16 +142,23 @@ class Layout:
         return bytes(page)
 
     def _stored(self, field: VmcsField, value: int) -> int:
-        if field.encoding not in ACCESS_RIGHTS_FIELDS or self.access_rights == "plain":
+        if field.encoding not in ACCESS_RIGHTS_FIELDS:
             return value
         if self.access_rights == "unknown":
             raise FormatError(self.id, f"how {field.name} is stored is not known")
-        return _packed(field, value) if self.access_rights == "packed" else _rotated_left(value)
+        return stored_access_rights(field, value, self.access_rights)
 
     def _store(self, page: bytearray, what: str, offset: int, size: int, value: int) -> None:
         if value < 0 or value >> (size * 8):
             raise FormatError(self.id, f"{what} {value:#x} does not fit in {size} bytes", offset)
         page[offset:offset + size] = value.to_bytes(size, "little")
+
+
+def stored_access_rights(field: VmcsField, value: int, form: str) -> int:
+    """Access rights `value` of `field`, as VMREAD gives them, in the `form` "plain", "rotated" or "packed"; FormatError where it cannot hold them."""
+    if form == "packed":
+        return _packed(field, value)
+    return _rotated_left(value) if form == "rotated" else value
 
 
 def _rotated_left(value: int) -> int:
