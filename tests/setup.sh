@@ -10,7 +10,6 @@ need g++ g++
 need gcc gcc
 need objcopy binutils
 need gdb gdb
-need qemu-system-x86_64 qemu-system-x86
 need busybox busybox-static
 need as binutils
 need qemu-system-x86_64 qemu-system-x86

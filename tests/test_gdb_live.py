@@ -233,6 +233,32 @@ def test_host_mode_around_vmrun(host: Lab) -> None:
         assert gdb.evaluate("$exit_reason()") == 0x400
 
 
+def test_injection_reads_what_the_kernel_read(host: Lab) -> None:
+    """RDMSR of VM_HSAVE_PA gives what the kernel's /dev/cpu/0/msr gave, CPUID names AMD; registers and code are as they were."""
+    with plugged(host.port) as gdb:
+        gdb.execute("vt source info")
+        before = gdb.registers(), gdb.read_virtual(host.state["rip"], 16)
+        assert f"{host.truth('hsave'):#018x}" in gdb.execute("msr read 0xc0010117 --yes")
+        assert "0x68747541" in gdb.execute("cpuid 0 --yes")
+        assert (gdb.registers(), gdb.read_virtual(host.state["rip"], 16)) == before
+
+
+def test_an_instruction_that_faults_is_undone(host: Lab) -> None:
+    """VMREAD is #UD on this processor: RIP goes to the kernel's handler, a frame is pushed; everything is put back."""
+    with plugged(host.port) as gdb:
+        gdb.execute("vt source info")
+        rsp = gdb.registers()["rsp"] or 0
+        before = gdb.registers(), gdb.read_virtual(host.state["rip"], 16), gdb.read_virtual(rsp - 0x100, 0x200)
+        assert "not in VMX root operation" in error(gdb, "vmcs dump --vmread --yes")
+        assert (gdb.registers(), gdb.read_virtual(host.state["rip"], 16), gdb.read_virtual(rsp - 0x100, 0x200)) == before
+
+
+def test_vmcb_by_register(host: Lab) -> None:
+    """RAX at VMRUN is the VMCB's physical address."""
+    with plugged(host.port) as gdb:
+        assert f"VMCB at {host.state['vmcb']:#x}" in gdb.execute("vmcb get rip --at $rax")
+
+
 def test_gdt_of_the_host(host: Lab, lab: Lab) -> None:
     """The host's GDT through the host's CR3: Linux' kernel code segment at selector 0x10 is 64-bit."""
     with plugged(host.port) as gdb:

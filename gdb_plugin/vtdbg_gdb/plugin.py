@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
 
 import gdb
 
 from vtdbg.commands import registry
 from vtdbg.errors import VtdbgError
-from vtdbg_gdb.session import GdbSession
+
+if TYPE_CHECKING:
+    from vtdbg_gdb.session import GdbSession
 
 SOURCE_OPTIONS = ("-s", "--source")
 
@@ -19,7 +21,21 @@ class Front:
     """What all commands of one GDB share."""
 
     def __init__(self) -> None:
-        self.session = GdbSession()
+        self._session: "Optional[GdbSession]" = None
+
+    @property
+    def session(self) -> "GdbSession":
+        """Made for the first command: sourcing the plugin has to be cheap."""
+        if self._session is None:
+            from vtdbg_gdb.session import GdbSession
+
+            self._session = GdbSession()
+        return self._session
+
+    def forget(self) -> None:
+        """The target ran, or the user wrote to it."""
+        if self._session is not None:
+            self._session.forget()
 
     def run(self, words: Sequence[str]) -> None:
         from vtdbg.commands.run import run_words
@@ -178,4 +194,4 @@ def register() -> None:
     for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call"):
         event = getattr(gdb.events, name, None)
         if event is not None:
-            event.connect(lambda *_: front.session.forget())
+            event.connect(lambda *_: front.forget())

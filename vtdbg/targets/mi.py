@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 20.0
 """Seconds that gdb may take for one command; its own remote timeout is shorter."""
+SETTINGS = ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5", "tcp auto-retry off",
+            "architecture i386:x86-64")
 NOBODY = "no answer from the stub at {endpoint} within {seconds:.0f} s: it serves one debugger, is another one connected?"
 
 
@@ -44,7 +46,7 @@ class MiPort(GdbPort):
         self._unread: List[Dict[str, Any]] = []
         self._gdb: "Optional[GdbController]" = GdbController(_command(program), time_to_check_for_additional_output_sec=0.0001)
         try:
-            for setting in ("confirm off", "pagination off", "height 0", "width 0", "auto-load off", "remotetimeout 5", "architecture i386:x86-64", "tcp auto-retry off"):
+            for setting in SETTINGS:
                 self.execute(f"set {setting}")
             self._connect(endpoint)
         except BaseException:
