@@ -124,7 +124,7 @@ class Lines:
 
     def __init__(self, text: str) -> None:
         self.raw: List[str] = text.split("\n")
-        self.ends_open = self.raw[-1].strip() != ""
+        self.ends_open = self.raw[-1].strip() != "" and not self.raw[-1].endswith("\r")
         """The text does not end with a line end: the rest of its last line may be missing."""
         self.ends_cut = self.ends_open and not self.raw[-1][-1:].isspace()
         """The last word itself may be cut."""

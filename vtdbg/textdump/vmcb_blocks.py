@@ -150,8 +150,17 @@ def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], reserved: 
     """
     dumps: List[TextDump] = []
     for numbers in _streams(lines, candidates).values():
+        best: List[TextDump] = []
+        best_sets: Tuple[Set[int], Set[int]] = (set(), set())
         for dialect in (KVM, XEN):
-            dumps.extend(_Reader(lines, dialect, claimed, reserved).read([number for number in numbers if number not in claimed]))
+            # A few labels are in both: the dialect that explains more of the text is the one.
+            sets: Tuple[Set[int], Set[int]] = (set(), set())
+            found = _Reader(lines, dialect, *sets).read(numbers)
+            if sum(len(dump.values) for dump in found) > sum(len(dump.values) for dump in best):
+                best, best_sets = found, sets
+        dumps.extend(best)
+        claimed |= best_sets[0]
+        reserved |= best_sets[1]
     return dumps
 
 
