@@ -7,6 +7,7 @@ and dbgeng over the KD protocol.
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import threading
@@ -28,6 +29,8 @@ from vtdbg.commands.session import Session
 from vtdbg.render.text import render_text
 
 pytestmark = pytest.mark.live
+
+ROOT = Path(__file__).parent.parent
 
 RUNS = 41
 COMMANDS: Dict[str, List[str]] = {
@@ -280,8 +283,26 @@ def debugger(lab: Lab, windows_dumps: Dict[str, Path], dumps_dir: Path, engines:
                 "r rip", "vt exit reasons", "vt phys @rip-@rip+0x6826000", "vt vmcs get NOBODY", "vt", typed[1], "!dml vt vmcs list",
                 "!dml vt ept walk 0x1000 --vmcs 0x6826000", "!dml vt vmcs get GUEST_RIP --json --at 0x6826000", ".prefer_dml 0",
                 "!dml vt vmcs list --width 81"]
+    commands += [f"{command} --width 80" for _, command, _ in documented()]
     outputs = lab.run_host(windows_path(windows_dumps["intel"]), *commands)
     return {command.replace("!dml ", "dml "): output for command, output in zip(commands, outputs)}
+
+
+def documented() -> List[Tuple[Path, str, str]]:
+    """(document, command, output) of every block that begins with "kd> vt"."""
+    return [(path, found.group(1), found.group(2)) for path in (ROOT / "README.md", ROOT / "docs/windbg.md")
+            for found in re.finditer(r"^```\nkd> (vt [^\n]*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)]
+
+
+def test_documented_sessions_are_real(debugger: Dict[str, str]) -> None:
+    """What README.md and docs/windbg.md show is what the debugger prints.  VTDBG_UPDATE_GOLDEN=1 rewrites them."""
+    assert len(documented()) >= 4
+    for path, command, text in documented():
+        real = debugger[f"{command} --width 80"].strip("\n") + "\n"
+        if os.environ.get("VTDBG_UPDATE_GOLDEN"):
+            path.write_text(path.read_text().replace(f"```\nkd> {command}\n{text}```", f"```\nkd> {command}\n{real}```"))
+        else:
+            assert text == real, f"{path.name}: {command}"
 
 
 def test_the_alias_carries_the_words(debugger: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
