@@ -11,7 +11,7 @@ from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
-from vtdbg.nested.diff import ASPECTS, Change, Side, diff_ranges
+from vtdbg.nested.diff import ASPECTS, WORK, Change, Side, diff_ranges
 from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
 
@@ -82,8 +82,8 @@ def diff_report(command: str, session: Session, sides: Sides, *, gpa: Optional[s
     if problems:
         raise UsageError("; ".join(problems))
     apart = frozenset(("A", "D") if flags else ())
-    before = Enumeration(session.machine.memory, sides.before.tables, first, end - 1, apart=apart)
-    after = Enumeration(sides.other.machine.memory, sides.after.tables, first, end - 1, apart=apart)
+    before = Enumeration(session.machine.memory, sides.before.tables, first, end - 1, apart=apart, limit=WORK)
+    after = Enumeration(sides.other.machine.memory, sides.after.tables, first, end - 1, apart=apart, limit=WORK)
     aspects = frozenset(aspect for aspect in ASPECTS if not (ignore_page_size and aspect == "page size"))
     changes = watched(diff_ranges(before, after, aspects), session, lambda count, change: f"{count} differences, at {change.start:#x}")
     table, totals, more = _table(changes, limit)

@@ -13,6 +13,8 @@ from vtdbg.level_tables import Permissions
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import Structure
 
+WORK = 1 << 19
+"""As `vtdbg.enumeration.WORK_LIMIT`: every range costs more here."""
 ASPECTS = ("frame", "permissions", "type", "flags", "page size")
 """What can differ of a page that both sides map."""
 
@@ -62,7 +64,8 @@ def diff_ranges(before: Iterable[Range], after: Iterable[Range], aspects: Frozen
 def diff(memory: PhysicalMemory, before: Structure, other: PhysicalMemory, after: Structure, *, first: int = 0, last: int = (1 << 64) - 1,
          apart: FrozenSet[str] = frozenset(), aspects: FrozenSet[str] = frozenset(ASPECTS)) -> Iterator[Change]:
     """The same for two structures (`Ept`, `Npt`), each in its memory.  `apart` {"A", "D"} compares accessed and dirty flags too."""
-    return diff_ranges(Enumeration(memory, before, first, last, apart=apart), Enumeration(other, after, first, last, apart=apart), aspects)
+    return diff_ranges(Enumeration(memory, before, first, last, apart=apart, limit=WORK),
+                       Enumeration(other, after, first, last, apart=apart, limit=WORK), aspects)
 
 
 def side_of(row: Range, address: int) -> Side:

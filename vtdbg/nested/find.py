@@ -10,6 +10,10 @@ from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import Structure
 
 
+WORK = 1 << 21
+"""As `vtdbg.enumeration.WORK_LIMIT`, for questions where somebody waits for the answer."""
+
+
 @dataclass(frozen=True)
 class Place:
     """`length` bytes from guest-physical `gpa` on reach the host-physical bytes from `hpa` on.  `row` is the range that they are in."""
@@ -44,7 +48,7 @@ def find(memory: PhysicalMemory, structure: Structure, hpa: int, size: int = 1, 
 
     Never raises for what the tables hold.
     """
-    rows = Enumeration(memory, structure)
+    rows = Enumeration(memory, structure, limit=WORK)
     found: List[Place] = []
     cut = False
     for place in places(iter(rows), hpa, hpa + size):

@@ -29,7 +29,7 @@ SIGNS: Mapping[str, str] = {
 }
 """What makes a page stand out, and what it means.  Read-only memory is not in this list: it is how ROMs and shared pages look."""
 
-ROWS = 1 << 20
+ROWS = 1 << 18
 """Ranges of one table that are looked at."""
 
 

@@ -21,7 +21,7 @@ from vtdbg.walk import Structure
 from vtdbg.x86.mtrr import Mtrrs
 
 FAIL, NOTE, UNDECIDED, PASS = "fail", "note", "undecided", "pass"
-ROWS = 1 << 20
+ROWS = 1 << 18
 REMARKS = 100
 """Remarks of one check that are kept; `Remark.more` of the last one counts the rest."""
 

@@ -1,0 +1,301 @@
+"""Questions to whole nested tables: filters, reverse map, difference, hooks and lint, against tables that an independent builder made, against
+what a kernel said of its own, and on hostile ones."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.tables import K4, M2, TableBuilder
+from test_walk import EPT_CASE, NPT_CASE, tables
+
+import vtdbg
+from vtdbg.commands.run import run_words
+from vtdbg.commands.session import Session
+from vtdbg.enumeration import Enumeration, ranges
+from vtdbg.errors import VtdbgError
+from vtdbg.nested import diff as diffs
+from vtdbg.nested.diff import diff
+from vtdbg.nested.filter import matching, parse_wanted
+from vtdbg.nested.find import find
+from vtdbg.nested.hooks import hooks, patches, view, view_hooks
+from vtdbg.nested.lint import CHECKS, ControlPage, Inputs, Remark, lint
+from vtdbg.vmx.ept import Ept
+from vtdbg.x86.mtrr import Mtrrs
+
+CASES = pytest.mark.parametrize("case", [EPT_CASE, NPT_CASE], ids=["EPT", "NPT"])
+FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+# ---- properties ---------------------------------------------------------------------------------------------------------------------
+
+@CASES
+@FEW
+@given(data=st.data())
+def test_tables_do_not_differ_from_themselves_and_a_page_is_found_by_its_frame(case: Any, data: st.DataObject) -> None:
+    builder = data.draw(tables(case))
+    structure, memory = case[2](builder.root), builder.memory()
+    assert not list(diff(memory, structure, memory, structure))
+    for made in builder.made[:8]:
+        address = made.address + data.draw(st.integers(0, made.size - 1))
+        walk = structure.walk(memory, address)
+        assert walk.maps_to is not None
+        found = find(memory, structure, walk.maps_to)
+        assert address in [place.gpa for place in found.places] and found.complete
+        assert sorted(place.gpa for place in found.places) == sorted(
+            other.address + walk.maps_to - other.target for other in builder.made if other.target <= walk.maps_to < other.target + other.size)
+
+
+@CASES
+@FEW
+@given(data=st.data())
+def test_a_difference_is_what_the_two_builders_say_page_by_page(case: Any, data: st.DataObject) -> None:
+    one, two = data.draw(tables(case)), data.draw(tables(case))
+    both = one.made + two.made
+    addresses = {made.address + step for made in both for step in (0, made.size - K4)}
+    changes = list(diff(one.memory(), case[2](one.root), two.memory(), case[2](two.root), aspects=frozenset(("frame", "permissions"))))
+    assert all(before.end <= after.start for before, after in zip(changes, changes[1:]))
+    for address in addresses:
+        was, now = one.truth(address), two.truth(address)
+        change = next((item for item in changes if item.start <= address < item.end), None)
+        if was is None or now is None:
+            assert change is not None and change.kind == ("added" if was is None else "removed")
+            continue
+        frames = was.target - was.address != now.target - now.address
+        assert (change is not None) == (frames or was.allowed != now.allowed)
+        assert change is None or (("frame" in change.aspects) == frames and ("permissions" in change.aspects) == (was.allowed != now.allowed))
+
+
+@CASES
+@FEW
+@given(data=st.data())
+def test_filters_split_the_pages_and_lose_none(case: Any, data: st.DataObject) -> None:
+    builder = data.draw(tables(case))
+    structure, memory = case[2](builder.root), builder.memory()
+    rows = list(Enumeration(memory, structure))
+
+    def pages(**words: Any) -> List[Tuple[int, int]]:
+        wanted = parse_wanted(structure.tables, **words)
+        found = matching(iter(list(Enumeration(memory, structure, apart=wanted.apart))), wanted)
+        return [(row.start + step, row.target + step) for row in found for step in range(0, row.length, row.page_size)]
+
+    every = pages()
+    assert len(every) == sum(row.pages for row in rows) == len(builder.made)
+    for letter in "rwx":
+        assert sorted(pages(perm=letter) + pages(perm="!" + letter)) == every
+    assert sorted(page for size in ("4k", "2m", "1g") for page in pages(size=size)) == every
+    types = {row.memory_type for row in rows}
+    assert sorted(page for name in types for page in pages(memory_type=name.lower())) == every
+    for permissions in {str(row.permissions) for row in rows}:
+        assert set(pages(perm=permissions)) == {page for page in every if structure.walk(memory, page[0]).permissions == permissions}
+    made = builder.made[0]
+    inside = pages(hpa=f"{made.target:#x}+{made.size:#x}")
+    assert (made.address, made.target) in inside
+    assert set(inside) == {(page.address, page.target) for page in builder.made
+                           if page.target < made.target + made.size and page.target + page.size > made.target}
+
+
+@pytest.mark.parametrize("words", [{"perm": "q"}, {"perm": "r-"}, {"perm": "!"}, {"size": "8k"}, {"flags": ["NOPE"]}, {"memory_type": "zz"},
+                                   {"hpa": "5-4"}])
+def test_a_filter_that_means_nothing_is_an_error_in_one_line(words: Dict[str, Any]) -> None:
+    with pytest.raises(VtdbgError) as error:
+        parse_wanted(Ept(0x1E).tables, **words)
+    assert "\n" not in str(error.value)
+
+
+# ---- hooks with known answers -------------------------------------------------------------------------------------------------------
+
+def identity(hooked: Optional[Dict[int, Tuple[int, int]]] = None, split: Tuple[int, ...] = (1,)) -> TableBuilder:
+    """8 MiB mapped to themselves by 2 MiB pages, those in `split` by 4 KiB ones; `hooked` {page: (frame, rights)} differ."""
+    builder = TableBuilder()
+    for index in range(4):
+        if index not in split:
+            builder.map(index * M2, index * M2, M2, 0xB7, 7)
+            continue
+        for at in range(index * M2, (index + 1) * M2, K4):
+            frame, rights = (hooked or {}).get(at, (at, 7))
+            builder.map(at, frame, K4, 0x30 | rights, 7)
+    return builder
+
+
+def found_in(builder: TableBuilder) -> Dict[int, Tuple[str, ...]]:
+    return {hook.start: hook.signs for hook in hooks(view(builder.memory(), Ept(builder.root | 0x1E)).rows)}
+
+
+def test_hooks_in_one_table_are_named_by_what_they_do() -> None:
+    at = M2 + 0x5000
+    assert found_in(identity(split=())) == {}
+    assert found_in(identity()) == {M2: ("split",)}
+    assert found_in(identity({at: (at, 4)})) == {at: ("execute-only", "other-rights")}
+    assert found_in(identity({at: (0x7000000, 4)})) == {at: ("execute-only", "other-frame", "other-rights")}
+    assert found_in(identity({at: (at, 3)})) == {at: ("no-execute", "other-rights")}
+    assert found_in(identity({at: (0x7000000, 7)})) == {at: ("other-frame",)}
+    [hook] = hooks(view(identity({at: (0x7000000, 7)}).memory(), Ept(0x1001E)).rows)
+    assert (hook.target, hook.expected, hook.moved, hook.usual) == (0x7000000, at, True, "rwx")
+
+
+def test_views_that_disagree_about_a_page() -> None:
+    """EPTP switching: the second view runs another frame, the first one shows the original."""
+    at = M2 + 0x5000
+    one, two = identity(), identity({at: (0x7000000, 4)})
+    first = view(one.memory(), Ept(one.root | 0x1E)).rows
+    second = view(two.memory(), Ept(two.root | 0x1E)).rows
+    [hook] = view_hooks(first, second, 1)
+    assert (hook.start, hook.length, hook.signs) == (at, K4, ("view-frame", "view-rights"))
+    assert (hook.expected, hook.target, hook.usual, hook.permissions) == (at, 0x7000000, "rwx", "--x")
+
+
+def test_the_bytes_of_a_hook_are_shown_as_code(tmp_path: Path) -> None:
+    """An inline hook: the frame in use begins a function with a jump where the original has its prologue."""
+    at = M2 + 0x5000
+    builder = identity({at: (0x800000, 4)})
+    original = b"\x90" * 64 + b"\x48\x89\x5c\x24\x08\x57" + b"\x90" * (K4 - 70)
+    changed = original[:64] + b"\xe9\x00\x10\x00\x00\x57" + original[70:]
+    image = bytearray(0x900000)
+    for base, page in builder.pages.items():
+        image[base:base + K4] = page
+    image[at:at + K4], image[0x800000:0x801000] = original, changed
+    path = tmp_path / "hooked.raw"
+    path.write_bytes(bytes(image))
+    assert [(patch.offset, len(patch.usual)) for patch in patches(original, changed)] == [(64, 5)]
+    words = ["ept", "hooks", "--eptp", hex(builder.root | 0x1E), "-s", str(path), "--format", "raw"]
+    outcome = run_words(words, Session(), lambda report, _: str(report))
+    assert outcome.report is not None and outcome.status == 1
+    texts = str(outcome.report)
+    assert "mov qword ptr [rsp + 8], rbx" in texts and f"jmp {at + 64 + 5 + 0x1000:#x}" in texts
+
+
+# ---- lint with known answers --------------------------------------------------------------------------------------------------------
+
+NOTHING = Inputs()
+
+
+def said(builder: TableBuilder, inputs: Inputs = NOTHING, eptp: int = 0x1E) -> Dict[str, List[Remark]]:
+    found: Dict[str, List[Remark]] = {}
+    for remark in lint(builder.memory(), Ept(builder.root | eptp), inputs):
+        found.setdefault(remark.id, []).append(remark)
+    assert set(found) == set(CHECKS), "a check that says nothing, not even that it passed"
+    return found
+
+
+def test_without_inputs_nothing_is_claimed() -> None:
+    found = said(identity(split=()))
+    assert {name for name, remarks in found.items() if remarks[0].verdict == "undecided"} == {"ram", "mtrr", "control-pages", "suppress-ve"}
+    assert all(remark.missing for remarks in found.values() for remark in remarks if remark.verdict == "undecided")
+
+
+def test_ram_that_is_not_mapped() -> None:
+    found = said(identity(split=()), Inputs(ram=[(0, 0x900000)]))
+    assert [(remark.verdict, remark.start, remark.length) for remark in found["ram"]] == [("fail", 0x800000, 0x100000)]
+    assert [remark.verdict for remark in said(identity(), Inputs(host_ram=[(0x1000, 0x800000)]))["ram"]] == ["pass"]
+
+
+def test_rights_that_the_parent_takes_away() -> None:
+    builder = TableBuilder()
+    builder.map(0, 0x40000000, K4, 0x37, 5)
+    [remark] = said(builder)["lost-rights"]
+    assert (remark.verdict, remark.start, remark.length) == ("fail", 0, K4) and "write" in remark.message and "level 4 PML4E" in remark.message
+    kept = TableBuilder()
+    kept.map(0, 0x40000000, K4, 0x35, 5)
+    assert [remark.verdict for remark in said(kept)["lost-rights"]] == ["pass"]
+
+
+def test_memory_types_against_the_mtrrs() -> None:
+    """A device (MTRR UC) mapped WB is cached; RAM (WB) mapped UC is not."""
+    builder = TableBuilder()
+    builder.map(0xC0000000, 0xC0000000, M2, 0xB7, 7)
+    builder.map(0, 0, M2, 0x87, 7)
+    mtrrs = Mtrrs.from_msrs({0xFE: 1, 0x2FF: 0x806, 0x200: 0xC0000000, 0x201: 0xFC0000800})
+    found = {remark.start: remark for remark in said(builder, Inputs(mtrrs=mtrrs))["mtrr"]}
+    assert {start: remark.verdict for start, remark in found.items()} == {0: "fail", 0xC0000000: "fail"}
+    assert "cached" in found[0xC0000000].message
+
+
+def test_aliases_tables_and_control_structures_in_reach() -> None:
+    builder = identity(split=())
+    builder.map(0x40000000, 0x200000, K4, 0x37, 7)
+    found = said(builder, Inputs(control_pages=[ControlPage(0x300000, K4, "the VMCS"), ControlPage(0x9000000, K4, "out of reach")]))
+    assert [(remark.start, remark.verdict) for remark in found["alias"]] == [(0x40000000, "note")]
+    assert {remark.start for remark in found["tables"]} == set(builder.pages), "the tables lie in the memory that is mapped to itself"
+    assert [(remark.start, remark.verdict) for remark in found["control-pages"]] == [(0x300000, "fail")]
+
+
+def test_uncacheable_everything_and_misconfigured_entries_with_their_path() -> None:
+    builder = TableBuilder()
+    builder.map(0, 0, M2, 0x87, 7)
+    made = builder.map(M2, M2, K4, 0x02, 7)
+    assert made is not None
+    found = said(builder)
+    assert found["uncached"][0].verdict == "fail"
+    [remark] = found["entries"]
+    assert (remark.verdict, remark.start, remark.path[-1]) == ("fail", M2, made.entry_address) and len(remark.path) == 4
+
+
+# ---- what kernels said of their own tables ------------------------------------------------------------------------------------------
+
+def test_every_frame_of_the_pagemap_is_found(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:
+    """/proc/PID/pagemap of the process that owns the guest's memory, read inside the host."""
+    with vtdbg.open(str(intel_plain)).memory as memory:
+        vmcs = vtdbg.Vmcs.from_page(memory.read_page(0x6826000))
+        ept = Ept.from_vmcs(vmcs)
+        known = {int(gpa, 16): int(hpa, 16) for gpa, hpa in intel_plain_truth["vms"]["A"]["gpa_to_hpa_pagemap"].items()}
+        mapped = {gpa: hpa for gpa, hpa in known.items() if ept.walk(memory, gpa).hpa is not None}
+        assert len(mapped) >= 15
+        for gpa, hpa in mapped.items():
+            assert gpa in [place.gpa for place in find(memory, ept, hpa).places]
+
+
+def test_npt_leaves_are_found_by_their_frames_and_mmio_is_a_note(amd_exit: Path, amd_exit_truth: Dict[str, Any]) -> None:
+    with vtdbg.open(str(amd_exit)).memory as memory:
+        vmcb = vtdbg.Vmcb.from_page(memory.read_page(0x1F22000))
+        npt = vtdbg.svm.npt.Npt(vmcb["nested_cr3"])
+        noted = {remark.start for remark in lint(memory, npt) if remark.id == "entries" and remark.verdict == "note"}
+        mmio = {int(leaf["gpa"], 16) for leaf in amd_exit_truth["npt_leaves"] if int(leaf["pte"], 16) >> 51 & 1}
+        assert noted == mmio and mmio
+        for leaf in amd_exit_truth["npt_leaves"]:
+            gpa, pte = int(leaf["gpa"], 16), int(leaf["pte"], 16)
+            if gpa not in mmio:
+                frame = pte & 0xFFFFFFFFFF000 & -leaf["size"]
+                assert gpa in [place.gpa for place in find(memory, npt, frame).places]
+
+
+# ---- hostile tables -----------------------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "self": struct.pack("<512Q", *[0x5007] * 512),
+    "ones": b"\xff" * K4,
+    "pages": struct.pack("<512Q", *[(index * 0x1234567 << 12) & 0xFFFFFFFFFF000 | (0x5007 if index % 3 else 0x87) for index in range(512)]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tables_end_and_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root that contains itself, all ones, entries everywhere: every question ends within its bounds."""
+    for module in ("hooks", "lint"):
+        monkeypatch.setattr(f"vtdbg.nested.{module}.ROWS", 3000)
+    monkeypatch.setattr("vtdbg.nested.find.WORK", 20_000)
+    monkeypatch.setattr(diffs, "WORK", 5_000)
+    monkeypatch.setattr("vtdbg.nested.lint._LEAVES", 2000)
+    memory, ept = vtdbg.memory_from_segments([(0x5000, HOSTILE[name])]), Ept(0x501E)
+    seen = view(memory, ept)
+    hooks(seen.rows)
+    found, remarks = find(memory, ept, 0x7FFF0000), lint(memory, ept)
+    assert not list(diff(memory, ept, memory, ept))
+    assert all("\n" not in remark.message for remark in remarks)
+    if name == "self":
+        assert not seen.complete and not found.complete and "given up" in found.problem
+        assert {remark.verdict for remark in remarks if remark.id == "loop"} == {"fail"}
+        assert not [remark for remark in remarks if remark.id == "ram" and remark.verdict == "pass"]
+    if name == "ones":
+        assert not seen.rows and [remark.verdict for remark in remarks if remark.id == "entries"] == ["fail"]
+
+
+def test_ranges_of_a_part_agree_with_the_filter_on_the_whole() -> None:
+    builder = identity()
+    memory, ept = builder.memory(), Ept(builder.root | 0x1E)
+    part = list(ranges(memory, ept, M2, 2 * M2 - 1))
+    assert [(row.start, row.length, row.page_size) for row in part] == [(M2, M2, K4)]
