@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import gdb
 
@@ -27,6 +27,7 @@ class InProcessPort(GdbPort):
     """The GDB that this Python runs in.  What GDB raises becomes one of vtdbg's errors."""
 
     name = "GDB"
+    _send: Optional[Callable[[str], Optional[bytes]]] = None
 
     def execute(self, command: str) -> str:
         try:
@@ -54,6 +55,7 @@ class InProcessPort(GdbPort):
 
     def require_stopped(self) -> None:
         """TargetError where there is no target, or it runs."""
+        self._send = None
         thread = gdb.selected_thread()
         if thread is None or not thread.is_valid():
             raise TargetError(NO_TARGET)
@@ -61,12 +63,15 @@ class InProcessPort(GdbPort):
             raise TargetError(NOT_STOPPED)
 
     def packet(self, text: str) -> bytes:
-        send = getattr(self.connection(), "send_packet", None)
-        if send is None:
+        if self._send is None:
+            # Kept for the rest of the command: looking it up costs as much as a packet.
+            self._send = getattr(self.connection(), "send_packet", None)
+        if self._send is None:
             # Before GDB 13, and for targets that are not remote.
             return super().packet(text)
         try:
-            return bytes(send(text) or b"")
+            answer: Optional[bytes] = self._send(text)
+            return answer or b""
         except (gdb.error, ValueError, RuntimeError) as error:
             raise error_of(str(error), self._where()) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 from contextlib import contextmanager
 from typing import Iterator, List, Optional
 
@@ -116,20 +117,24 @@ class StubMemory(PhysicalMemory):
         if size < 0 or address < 0 or address + size > REACH:
             raise MemoryUnavailable(address, size, "no physical address")
         self._check(address, size)
-        pieces = []
+        if self._mode.switched:
+            return self._pieces(address, size)
         with self._mode.held():
             self._mode.physical()
-            at = address
-            while at < address + size:
-                pieces.append(self._piece(at, min(self._chunk, address + size - at)))
-                at += len(pieces[-1])
+            return self._pieces(address, size)
+
+    def _pieces(self, address: int, size: int) -> bytes:
+        pieces, at, end = [], address, address + size
+        while at < end:
+            pieces.append(self._piece(at, min(self._chunk, end - at)))
+            at += len(pieces[-1])
         return b"".join(pieces)
 
     def _piece(self, address: int, size: int) -> bytes:
         answer = self._port.packet(f"m{address:x},{size:x}")
         if len(answer) == 2 * size:
             try:
-                return bytes.fromhex(answer.decode("ascii"))
+                return binascii.unhexlify(answer)
             except ValueError:
                 pass
         if answer[:1] == b"E" and size > 1:
