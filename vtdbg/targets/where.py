@@ -112,6 +112,10 @@ def _by(live: Registers) -> str:
     return "GDTR and IDTR are" if live.get("gdtr_base") is not None else "CR3 is"
 
 
+def _those(live: Registers) -> str:
+    return "those" if live.get("gdtr_base") is not None else "that"
+
+
 def decide(live: Registers, blocks: Sequence[Block]) -> Where:
     """Where the processor with these registers is, by the control blocks that were found."""
     if not blocks:
@@ -127,9 +131,9 @@ def decide(live: Registers, blocks: Sequence[Block]) -> Where:
     if guests and not hosts:
         return _guest(live, guests[0], blocks)
     if guests:
-        return Where("unknown", f"the live {_by(live)} that of the host and of the guest of {guests[0].title}")
+        return Where("unknown", f"the live {_by(live)} {_those(live)} of the host and of the guest of {guests[0].title}")
     if not any(block.host for block in blocks):
-        return Where("unknown", f"{_by(live)} not that of any guest found, and no host state is in memory", host_source="live")
+        return Where("unknown", f"{_by(live)} not {_those(live)} of any guest found, and no host state is in memory", host_source="live")
     return Where("unknown", f"the live {_by(live)} neither the host's nor a guest's of the control blocks found")
 
 
@@ -148,7 +152,7 @@ def _host(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
 def _guest(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
     saved = found.host or next((block.host for block in blocks if block.kind == "hsave" and block.block == found.address), {})
     source = found.title if found.host else next((block.title for block in blocks if block.kind == "hsave" and block.block == found.address), "")
-    return Where("guest", f"{_by(live)} that of the guest of the {found.title}", found, saved, source)
+    return Where("guest", f"{_by(live)} {_those(live)} of the guest of the {found.title}", found, saved, source)
 
 
 def _of_address(blocks: Sequence[Block], address: Optional[int]) -> Optional[Block]:
