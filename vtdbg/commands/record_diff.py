@@ -116,8 +116,8 @@ def _table(rows: Sequence[FieldChange], title: str, style: str, words: Words) ->
     for change in rows:
         table.add(
             Value(change.name, change.name, style),
-            hexa(change.before, change.digits),
-            hexa(change.after, change.digits),
+            hexa(change.before),
+            hexa(change.after),
             Value(change.meaning.why, _words(change, words)),
             Value(change.meaning.name, ""),
             Value([{"ident": bit.ident, "before": bit.before, "after": bit.after} for bit in change.bits], ""),

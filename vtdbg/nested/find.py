@@ -9,7 +9,6 @@ from vtdbg.enumeration import Enumeration, Range
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import Structure
 
-
 WORK = 1 << 21
 """As `vtdbg.enumeration.WORK_LIMIT`, for questions where somebody waits for the answer."""
 
