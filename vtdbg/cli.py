@@ -38,6 +38,19 @@ def reorder(words: Sequence[str]) -> List[str]:
     return rest[:position] + leading + rest[position:]
 
 
+def _shell(words: Sequence[str]) -> int:
+    from vtdbg.shell import run_shell
+
+    try:
+        return run_shell(words, _render, show_progress if sys.stderr.isatty() else None)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("vtdbg: interrupted", file=sys.stderr)
+        return 130
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command; the return value is the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -51,6 +64,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         from vtdbg.targets.start import start_gdb
 
         return start_gdb(words[1:])
+    if "shell" in words[:1]:
+        return _shell(words[1:])
     session = Session(progress=show_progress if sys.stderr.isatty() else None)
     try:
         outcome = run_words(words, session, _render)

@@ -192,13 +192,20 @@ def parser_for(found: Verb, program: str = "vtdbg") -> ArgumentParser:
         if argument.choices:
             extra["choices"] = argument.choices
         parser.add_argument(argument.name, help=argument.help, metavar=argument.name.upper(), **extra)
-    for title, options in (("options", found.options), ("common options", COMMON_OPTIONS)):
-        section = parser.add_argument_group(title)
-        for option in options:
-            _add_option(section, option)
-        if options is COMMON_OPTIONS:
-            section.add_argument("-h", "--help", action="store_true", dest="help", help="this text")
+    section = parser.add_argument_group("options")
+    for option in found.options:
+        _add_option(section, option)
+    add_common_options(parser)
     return parser
+
+
+def add_common_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The options that every verb has, and -h; `without` some flags."""
+    section = parser.add_argument_group("common options")
+    for option in COMMON_OPTIONS:
+        if option.flag not in without:
+            _add_option(section, option)
+    section.add_argument("-h", "--help", action="store_true", dest="help", help="this text")
 
 
 def _add_option(section: Any, option: Opt) -> None:
