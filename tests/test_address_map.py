@@ -143,6 +143,7 @@ def test_many_ranges_are_taken_together_and_that_is_said() -> None:
     assert exact.grain == EXACT and len(exact.pieces) == exact.ranges and "too many" not in text_of(exact)
     assert together.grain == ANY_FRAME and len(together.pieces) == 1 and together.pieces[0].target is None
     assert f"{exact.ranges} ranges are too many" in text_of(together)
+    assert together.pieces[0].mapped == 1000 * K4 and together.pieces[0].ranges == exact.ranges
     alternating = small_pages([(2 * page, page + 1, RWX if page % 2 else 1) for page in range(1000)])
     blocks = picture_of(alternating, limit=64)
     assert blocks.grain > K4 and len(blocks.pieces) <= 64 and "blocks of" in text_of(blocks)

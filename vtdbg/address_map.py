@@ -15,6 +15,8 @@ from vtdbg.errors import UsageError
 PAGE = 4096
 PIECES = 4096
 """Pieces of a map unless asked for more."""
+WORK_LIMIT = 1 << 22
+"""Runs of pages that a picture is made of (see `vtdbg.enumeration`): 16 GiB of scattered 4 KiB pages; more would take longer than a glance."""
 COLUMNS, ROWS = 64, 24
 
 EXACT, ANY_FRAME = 0, 1
@@ -62,37 +64,50 @@ def address_map(found: Enumeration, limit: int = PIECES) -> AddressMap:
     """Everything that `found` enumerates, in at most `limit` pieces (64 or more)."""
     if limit < 64:
         raise UsageError(f"a map of {limit} pieces is no picture: at least 64")
-    known: Dict[Tuple[int, int, int], Meaning] = {}
+    known: Dict[Tuple[int, int, int], Tuple[Meaning]] = {}
     pieces: List[Piece] = []
     grain = EXACT
     count = 0
+    # The last piece, in variables: a large structure has millions of ranges, and most of them only make it longer.
+    first, end, mapped, meanings, target, ranges = 0, -1, 0, _NONE, None, 0
     for row in found:
+        start, goes_to, length = row[0], row[1], row[2]
         count += 1
-        piece = Piece(row.start, row.end, row.length, (_meaning(known, row),), row.target)
-        if grain and pieces and _mergeable(pieces[-1], piece, grain):
-            pieces[-1] = _merged(pieces[-1], piece)
+        key = row[4], row[5], row[3]
+        single = known.get(key) or _meaning(known, key, row)
+        if grain and (start == end and meanings == single
+                      or grain > ANY_FRAME and length < grain and end - first <= grain and first // grain == start // grain and ranges):
+            if target is not None and (goes_to != target + start - first or meanings != single or start != end):
+                target = None
+            if single[0] not in meanings:
+                meanings += single
+            end, mapped, ranges = max(end, start + length), mapped + length, ranges + 1
             continue
-        pieces.append(piece)
-        if len(pieces) > 2 * limit:
-            pieces, grain = coarsened(pieces, grain, limit)
+        if ranges:
+            pieces.append(Piece(first, end, mapped, meanings, target, ranges))
+            if len(pieces) > 2 * limit:
+                pieces, grain = coarsened(pieces, grain, limit)
+        first, end, mapped, meanings, target, ranges = start, start + length, length, single, goes_to, 1
+    if ranges:
+        pieces.append(Piece(first, end, mapped, meanings, target, ranges))
     for problem in found.problems:
         if problem.kind in DRAWN_PROBLEMS and problem.length:
             meaning = Meaning("", "", 0, (), problem.kind)
             pieces.append(Piece(problem.start, problem.start + problem.length, 0, (meaning,), None, 0))
     pieces.sort(key=lambda piece: piece.start)
-    if len(pieces) > limit:
+    if grain or len(pieces) > limit:
         pieces, grain = coarsened(pieces, grain, limit)
     return AddressMap(tuple(pieces), grain, count, found)
 
 
-def _meaning(known: Dict[Tuple[int, int, int], Meaning], row: Range) -> Meaning:
-    """The meaning of a range, worked out once for each combination: a large structure has a million ranges and few meanings."""
-    key = row.rights, row.attributes, row.page_size
-    found = known.get(key)
-    if found is None:
-        found = Meaning(str(row.permissions), row.memory_type, row.page_size, row.flags)
-        if len(known) < PIECES:
-            known[key] = found
+_NONE: Tuple[Meaning, ...] = ()
+
+
+def _meaning(known: Dict[Tuple[int, int, int], Tuple[Meaning]], key: Tuple[int, int, int], row: Range) -> Tuple[Meaning]:
+    """The meaning of a range, worked out once for each combination: there are millions of ranges and few meanings."""
+    found = (Meaning(str(row.permissions), row.memory_type, row.page_size, row.flags),)
+    if len(known) < PIECES:
+        known[key] = found
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, Optional, Sequence
 
-from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, AddressMap, Gap, address_map, chart, marked
+from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, WORK_LIMIT, AddressMap, Gap, address_map, chart, marked
 from vtdbg.commands.ept import EPTP, VMCS
 from vtdbg.commands.nested import RANGE, Root, ept_roots, npt_roots, title_of
 from vtdbg.commands.npt import NCR3, VMCB
@@ -49,7 +49,7 @@ def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optio
     report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges",
                       "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
     for root in roots:
-        picture = address_map(Enumeration(session.machine.memory, root.tables, first, end - 1))
+        picture = address_map(Enumeration(session.machine.memory, root.tables, first, end - 1, limit=WORK_LIMIT))
         words = "address space" if not gpa else f"GPA {first:#x} to {end - 1:#x}"
         report.add(Group("maps", title_of(root, words), map_blocks(picture, by, rows), {"root": f"{root.tables.root:#x}"}))
         if picture.found.problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from vtdbg.address_map import PIECES, address_map
+from vtdbg.address_map import PIECES, WORK_LIMIT, address_map
 from vtdbg.commands import registry
 from vtdbg.commands.bitmaps import Owner, msr_bitmap_of
 from vtdbg.commands.maps import aggregation, map_blocks
@@ -242,7 +242,7 @@ class ReportPage:
         title = f"Guest-physical address space through {tables.name}"
         if structure.root_problem:
             return f'<p class="bad">{escape(structure.root_problem)}</p>'
-        picture = address_map(Enumeration(session.machine.memory, structure), self._pieces)
+        picture = address_map(Enumeration(session.machine.memory, structure, limit=WORK_LIMIT), self._pieces)
         self.maps.append(map_data(picture, title, f"{kind} walk {{}} --{option} {pointer:#x}" if numbers_named else ""))
         ranges = html.blocks(_inside(self._said(lambda: run_verb(session, f"{kind} dump", limit=LISTED_RANGES, **{option: pointer}))), 4)
         return (f'<figure data-map="{len(self.maps) - 1}"><figcaption>{escape(title)}</figcaption>'

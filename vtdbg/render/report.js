@@ -165,7 +165,9 @@
           this.block(svg, 1, 1, 36, 20, {permissions: [], types: [], part: false, problem: problem, mark: false, letter: ""}, 0));
     }
 
-    flag(svg, x, y) { add(svg, "svg:path", {"class": "flag", "d": `M${x} ${y}v11h2v-5h7l-3 -3l3 -3z`}); }
+    flag(svg, x, y, small) {
+      add(svg, "svg:path", {"class": "flag", "d": small ? `M${x} ${y}v8h1.5v-3.5h6l-2 -2.2l2 -2.3z` : `M${x} ${y}v11h2v-5h7l-3 -3l3 -3z`});
+    }
 
     block(svg, x, y, width, height, state, cells) {
       if (state.part) { y += height / 2; height /= 2; }
@@ -190,10 +192,10 @@
       const words = long.length * 7 + 8 <= width - (state.mark ? 14 : 0) ? long : short;
       if (!state.part || cells === 0 && short) {
         const text = add(svg, "svg:text", {"class": kind === "broken" ? "in alarm" : "in", "x": x + width / 2 + (state.mark && width > 20 ? 5 : 0),
-                                           "y": y + height / 2 + 3}, words);
+                                           "y": y + (state.mark && width <= 20 ? height - 5 : height / 2 + 3)}, words);
         if (kind === "broken") text.setAttribute("text-anchor", "middle");
       }
-      if (state.mark) this.flag(svg, x + 2, y + 1);
+      if (state.mark) this.flag(svg, x + 2, y + 1, width <= 20);
     }
 
     draw() {
