@@ -9,7 +9,7 @@ from vtdbg.errors import UsageError
 from vtdbg.memory.base import Range
 from vtdbg.targets.port import GENERAL, Port, TargetError, Unsupported, unavailable
 from vtdbg_windbg.engine import Engine, EngineError, check
-from vtdbg_windbg.memory import EngineMemory
+from vtdbg_windbg.memory import EngineCache, EngineMemory
 
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss")
 
@@ -33,7 +33,10 @@ NO_MSRS = "a dump has no MSRs: RDMSR works on a live kernel only"
 
 
 class DbgEngPort(Port):
-    """A kernel session.  Nothing here writes to a dump: the engine's and pykd's own writes to one are not to be relied on."""
+    """A kernel session; `memory` is its physical memory through a page cache, which a step drops.
+
+    Nothing here writes to a dump: the engine's and pykd's own writes to one are not to be relied on.
+    """
 
     name = "DbgEng"
 
@@ -41,7 +44,7 @@ class DbgEngPort(Port):
         self.engine = engine
         self.debuggee = engine.debuggee()
         check(self.debuggee)
-        self.memory = EngineMemory(engine, self.debuggee.dump)
+        self.memory = EngineCache(EngineMemory(engine, self.debuggee.dump))
 
     @property
     def live(self) -> bool:
@@ -84,6 +87,7 @@ class DbgEngPort(Port):
 
     def write_virtual(self, address: int, data: bytes) -> None:
         self._writable()
+        self.memory.drop()
         try:
             count = self.engine.write_virtual(address, data)
         except EngineError as error:
@@ -98,7 +102,11 @@ class DbgEngPort(Port):
     def step(self) -> None:
         if not self.live:
             raise Unsupported("a dump does not run")
-        self.engine.step()
+        try:
+            self.engine.step()
+        finally:
+            # Whatever was read may have changed.
+            self.memory.drop()
 
     def evaluate(self, expression: str) -> int:
         return self.engine.evaluate(expression)

@@ -10,7 +10,6 @@ from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.physical import PhysicalMode
 from vtdbg.targets.stub import Dialect
 from vtdbg.targets.where import Where, decide
-from vtdbg_windbg.memory import EngineCache
 from vtdbg_windbg.port import NO_MSRS, DbgEngPort
 
 SESSION, FORMAT = "the debugger's session", "dbgeng"
@@ -48,7 +47,7 @@ class DbgEngMachine(LiveMachine):
         self.mode = PhysicalMode(port, self.dialect)
         self.where = Where("unknown", "not looked at yet")
         self.stale, self.places = True, []
-        Machine.__init__(self, EngineCache(port.memory), SESSION, FORMAT, live=True)
+        Machine.__init__(self, port.memory, SESSION, FORMAT, live=True)
         _describe(self, port)
 
     def refresh(self) -> None:
@@ -66,7 +65,7 @@ def machine_of(port: DbgEngPort) -> Machine:
     """The session that the port looks at.  Its memory is a page cache: `drop` it when the target has run."""
     if port.live:
         return DbgEngMachine(port)
-    machine = Machine(EngineCache(port.memory), SESSION, FORMAT)
+    machine = Machine(port.memory, SESSION, FORMAT)
     _describe(machine, port)
     return machine
 
