@@ -47,6 +47,10 @@ COMMANDS = {
     "npt-dump": ("amd_exit", "npt dump"),
     "npt-map": ("amd_exit", "npt map"),
     "gva-walk-amd": ("amd_exit", "gva walk 0xffff800000000091"),
+    "source-scan-nested": ("intel_nested", "source scan"),
+    "source-scan-amd": ("amd_exit", "source scan"),
+    "ept-roots": ("intel_nested", "ept roots"),
+    "npt-roots": ("amd_exit", "npt roots"),
     "source-info-elf": ("amd_exit", "source info"),
 }
 
