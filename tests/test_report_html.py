@@ -245,6 +245,17 @@ def test_a_dump_is_not_overwritten_and_a_page_is(amd_exit: Path, folder: Path) -
     assert nowhere.status == 2 and "cannot be written" in nowhere.error and "\n" not in nowhere.error
 
 
+def test_a_nested_vmcs_is_read_in_its_vms_memory_and_not_judged_by_the_processors_capabilities(intel_nested: Path, folder: Path) -> None:
+    """KVM makes up the capability MSRs that a nested hypervisor reads; the processor's would give verdicts on the wrong question."""
+    content = written(intel_nested, folder / "caps.html", "--caps", "bochs-2.7-skylake-x")
+    inner = content[content.index('id="vmcs-2997000"'):]
+    inner = inner[:inner.index('<section class="block"')]
+    assert "VMCS at 0x31000 of the guest-physical memory around it (0x2997000)" in inner
+    assert "without IA32_VMX_" in inner and "exit reason 10 CPUID" in inner
+    outer = content[content.index('id="vmcs-6b53000"'):]
+    assert "without IA32_VMX_" not in outer[:outer.index("<h4>Last exit")]
+
+
 def test_the_status_says_whether_a_block_fails(intel_plain: Path, amd_exit: Path, folder: Path) -> None:
     """VM B of the dump failed to enter (the kernel printed the failure)."""
     assert command(["report", str(folder / "a.html"), "-s", str(intel_plain), "--caps", "bochs-2.7-skylake-x"]).status == 1

@@ -126,7 +126,8 @@ class ReportPage:
         if key not in self._places:
             words = f"guest-physical memory of the VM with {_tables_words(outer.tables)}"
             machine = Machine(outer.memory, words, "guest-physical", words)
-            inner = Session(layout_name=session.layout_name, caps_name=session.caps_name, program=session.program, _machine=machine)
+            # Without the capability MSRs that the user gave: a nested hypervisor sees those that the hypervisor below makes up for it.
+            inner = Session(layout_name=session.layout_name, program=session.program, _machine=machine)
             # Without links: no command line names this memory.
             self._places[key] = inner, HtmlRenderer(self._anchors, "")
         return self._places[key]
@@ -219,7 +220,7 @@ class ReportPage:
         pieces = [f'<section id="{ident}"><h2>{escape(_vm_words(vm))}</h2>']
         if vm.parent is not None:
             words = f"It runs inside the VM with {_tables_words(vm.parent.tables)}: addresses in its control blocks are guest-physical there."
-            pieces.append(f"<p>{escape(words)}</p>")
+            pieces.append(f"<p>{escape(words)} The capability MSRs that its hypervisor sees are not known.</p>")
         if vm.maps_itself:
             pieces.append('<p class="warn">Its tables map its own control block: the guest can change it.</p>')
         if vm.tables is not None:

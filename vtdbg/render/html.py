@@ -83,7 +83,7 @@ class HtmlRenderer:
         rows = "".join("<tr>" + "".join(f"<td>{self.value(cell(row[index]))}</td>" for index in shown) + "</tr>" for row in block.rows[:MOST_ROWS])
         more = len(block.rows) - MOST_ROWS
         rest = f'<p class="warn">{more} more rows are not on this page.</p>' if more > 0 else ""
-        return (f'<div class="scroll"><table class="{identifier(block.key)}">{self._caption(block.title)}'
+        return (f'<div class="scroll"><table class="table-{identifier(block.key)}">{self._caption(block.title)}'
                 + (f"<thead><tr>{head}</tr></thead>" if head else "") + f"<tbody>{rows}</tbody></table></div>{rest}")
 
     def _lines(self, block: Lines) -> str:
