@@ -194,6 +194,8 @@ def test_through_ept(at_handler: MiPort) -> None:
     assert at_handler.evaluate("$hpa(0x400010)") == 0x600010
     assert at_handler.evaluate("$hpa($gpa(0x400010))") == 0x600010
     assert at_handler.evaluate("$exit_reason()") in EXITS
+    assert "behind EPT 0x400" in at_handler.execute("phys 0x400000 --guest --length 32")
+    assert "not present" in error(at_handler, "phys 0x800000 --guest")
     assert "not present" in error(at_handler, "print $hpa(0x800000)")
 
 

@@ -18,12 +18,18 @@ MOST = 1 << 16
     "bytes of physical memory, as 64-bit numbers and as text",
     Arg("address", "address", "physical address"),
     Opt("--length", "int", "how many bytes (default 128)", default=128),
+    Opt("--guest", "flag", "the address is guest-physical: through the EPT or NPT of the guest that runs, or of the only one there is"),
 )
-def phys(session: Session, address: int, length: int) -> Report:
+def phys(session: Session, address: int, length: int, guest: bool) -> Report:
     """Two 64-bit numbers a row, lowest address first, and the bytes as text; what is not ASCII is a dot."""
     if not 0 < length <= MOST:
         raise UsageError(f"--length {length}: from 1 to {MOST} bytes")
-    data = session.machine.memory.read(address, length)
+    memory = session.machine.memory
+    if guest:
+        from vtdbg.targets.values import guest_memory
+
+        memory = guest_memory(session)
+    data = memory.read(address, length)
     table = Table("rows", (("address", "address"), ("low", "+0"), ("high", "+8"), ("bytes", ""), ("text", "text")))
     for at in range(0, length, ROW):
         row = data[at:at + ROW]

@@ -9,6 +9,8 @@ from vtdbg.commands.select import VmcbAt, VmcsAt, chosen_vmcb, chosen_vmcs, foun
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.gva import translate
+from vtdbg.memory.base import PhysicalMemory
+from vtdbg.memory.views import GuestPhysicalMemory
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.targets.live import LiveMachine
 from vtdbg.vmx.controls import control
@@ -53,6 +55,12 @@ def gpa_of(session: Session, gva: int) -> int:
     if found is None:
         raise UsageError(f"GVA {gva:#x}: {walk.outcome}: {walk.reason}")
     return found
+
+
+def guest_memory(session: Session) -> PhysicalMemory:
+    """Physical memory as the guest sees it that runs, ran last, or is the only one."""
+    _, tables = _space(session)
+    return session.machine.memory if tables is None else GuestPhysicalMemory(session.machine.memory, tables)
 
 
 def _space(session: Session) -> Tuple[Paging, Optional[Structure]]:
