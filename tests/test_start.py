@@ -22,7 +22,7 @@ def test_listing_a_raw_image_imports_no_other_reader_and_no_disassembler(intel_p
     assert "vtdbg.memory.raw" in loaded and "vtdbg.scan" in loaded
     for name in ("elf", "kdump", "flattened", "lime", "avml", "windows", "vmware"):
         assert f"vtdbg.memory.{name}" not in loaded, name
-    assert not loaded & {"capstone", "pygdbmi", "difflib", "vtdbg.textdump", "vtdbg.vmx.exits", "vtdbg.targets"}
+    assert not loaded & {"capstone", "pygdbmi", "difflib", "vtdbg.textdump", "vtdbg.vmx.exits", "vtdbg.targets", "vtdbg.enumeration"}
 
 
 def test_every_reader_says_how_its_files_begin() -> None:

@@ -146,6 +146,12 @@ def find_verb(words: Sequence[str]) -> Tuple[Verb, List[str]]:
     """The verb that the words begin with, and the words after it."""
     if not words:
         raise UsageError(f"no command: one of {', '.join(GROUPS)}")
+    # Most of the cost of a short command is imports: the modules behind the one that has the verb are not needed.
+    for module in MODULES.get(words[0], ()) if len(words) > 1 else ():
+        importlib.import_module(f"vtdbg.commands.{module}")
+        exact = _VERBS.get((words[0], words[1]))
+        if exact is not None:
+            return exact, list(words[2:])
     verbs = {found.words: found for found in verbs_of(words[0])}
     for length in (2, 1):
         found = verbs.get(tuple(words[:length]))
