@@ -24,7 +24,8 @@ _RUNNING = re.compile(r"while the (?:target|selected thread|program) is running|
 _NONE = re.compile(r"has no registers now|No (?:selected )?(?:frame|thread|process)|not (?:being run|connected)|No registers|no process|"
                    r"target is `?(?:exec|native|None)|command can only be used with remote target|no running inferior", re.I)
 _GONE = re.compile(r"Remote connection closed|Remote communication error|Connection reset|Broken pipe|Target disconnected|"
-                   r"Connection timed out|can only be sent to a remote target|Connection no longer exists|Remote failure reply: E99|Ignoring packet error|Watchdog timeout", re.I)
+                   r"Connection timed out|can only be sent to a remote target|"
+                   r"Connection no longer exists|Remote failure reply: E99|Ignoring packet error|Watchdog timeout", re.I)
 
 
 def error_of(message: str, endpoint: str = "HOST:PORT") -> TargetError:
