@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import pytest
 
@@ -62,7 +62,8 @@ def test_vmcb_dump_is_the_compilers_decode(amd_exit: Path) -> None:
     """DWARF of `struct vmcb`: every scalar of the control area, by value."""
     dwarf = json.loads((Path(__file__).parent / "data/amd/kvm96-exit.vmcb-dwarf.json").read_text())
     block = data("vmcb dump", amd_exit)["vmcb"][0]
-    by_offset = {int(match.group(1), 16): int(row["value"], 16) for row in block["fields"] if (match := re.search(r"offset (0x[0-9a-f]+)", row["source"]))}
+    offsets = [(re.search(r"offset (0x[0-9a-f]+)", row["source"]), row) for row in block["fields"]]
+    by_offset = {int(match.group(1), 16): int(row["value"], 16) for match, row in offsets if match}
     compared = 0
     for name, member in dwarf.items():
         if name.startswith("control.") and "val" in member and int(member["off"], 16) in by_offset and member["size"] in (4, 8):

@@ -274,8 +274,11 @@ def test_gate_round_trip(kind: "tuple[str, int]", selector: int, offset: int, dp
                                                                                                           present)
 
 
+LIMITS = st.one_of(st.integers(-1, 0x400), st.integers(0x10000, 1 << 64))
+
+
 @settings(deadline=None, max_examples=120)
-@given(st.binary(min_size=0, max_size=96), st.booleans(), st.one_of(st.integers(-1, 0x400), st.integers(0x10000, 1 << 64)), st.sampled_from([16, 32, 64]))
+@given(st.binary(min_size=0, max_size=96), st.booleans(), LIMITS, st.sampled_from([16, 32, 64]))
 def test_any_bytes_decode_or_are_refused(data: bytes, long_mode: bool, limit: int, bits: int) -> None:
     for decoder in (d.decode, d.decode_gate):
         for size in (8, 16):

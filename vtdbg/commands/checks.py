@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
+from vtdbg.commands.select import NESTED_ADDRESSES, STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
 from vtdbg.commands.session import Session
 from vtdbg.findings import Finding
 from vtdbg.memory.base import PhysicalMemory
@@ -52,9 +52,13 @@ def check_vmcs(
     report = _report("vmcs check", session, text, STALE_VMCS)
     instruction = "vmresume" if resume else "vmlaunch" if launch else None
     for item in chosen:
-        given: Dict[str, Any] = {"vmcs_address": item.address, "instruction": instruction}
-        findings = check_vm_entry(item.vmcs, session.caps, memory, lint=lint, **given)
-        outcome = predict_vm_entry(item.vmcs, session.caps, memory, **given)
+        given: Dict[str, Any] = {"vmcs_address": None if item.nested else item.address, "instruction": instruction}
+        seen = None if item.nested else memory
+        if item.nested:
+            whose = f"VMCS at {item.address:#x} is {NESTED_ADDRESSES}"
+            report.notes.append(f"{whose}: checks that read memory are undecided, and --caps have to be those that its hypervisor sees")
+        findings = check_vm_entry(item.vmcs, session.caps, seen, lint=lint, **given)
+        outcome = predict_vm_entry(item.vmcs, session.caps, seen, **given)
         group = Group(
             "vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)}
         )

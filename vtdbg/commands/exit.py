@@ -168,7 +168,8 @@ def _from_memory(
     if not vmcb and not svm and (address is not None or found_blocks(session, "vmcs")):
         report.notes.append(STALE_VMCS)
         for item in chosen_vmcs(session, address):
-            found: Explanation = vmx_exits.explain_vm_exit(vmcs=item.vmcs, memory=memory, registers=registers, **vmx)
+            seen = None if item.nested else memory
+            found: Explanation = vmx_exits.explain_vm_exit(vmcs=item.vmcs, memory=seen, registers=registers, **vmx)
             report.add(explanation_group(found, item.title))
             report.python.append(f"print(explain_vmcs(vtdbg.Vmcs.from_page(machine.memory.read_page({item.address:#x})), machine.memory))")
         return

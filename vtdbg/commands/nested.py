@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt
-from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, host_vmcs
 from vtdbg.commands.session import Session
 from vtdbg.commands.walks import access_text, walk_group
 from vtdbg.errors import UsageError, VtdbgError
@@ -46,7 +46,7 @@ def ept_roots(session: Session, eptp: Optional[int], vmcs: Optional[int]) -> Lis
         return [Root(Ept(eptp, session.caps), f"EPTP {eptp:#x}", f"{eptp:#x}")]
     roots: Dict[int, Root] = {}
     problems = []
-    for item in chosen_vmcs(session, vmcs):
+    for item in host_vmcs(session, vmcs):
         try:
             tables = Ept.from_vmcs(item.vmcs, session.caps)
         except UsageError as error:

@@ -6,7 +6,7 @@ from typing import Any, Callable, List, Optional, Tuple
 
 from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
+from vtdbg.commands.select import STALE_VMCS, VmcsAt, host_vmcs
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.report import FINDINGS, Block, Group, Lines, Pairs, Report, Table, Value, hexa, text
@@ -31,7 +31,7 @@ def _page_report(command: str, session: Session, vmcs: Optional[int], at: Option
         return report
     report.notes.append(STALE_VMCS)
     row = vmcs_fields.find(field)
-    for item in chosen_vmcs(session, vmcs):
+    for item in host_vmcs(session, vmcs):
         address, unused = item.vmcs.get(field), unused_because(item.vmcs, row)
         group = Group("pages", f"{row.title} of {item.title}", [], {"address": None if address is None else f"{address:#x}"})
         report.add(group)
@@ -220,7 +220,7 @@ def msrs(session: Session, vmcs: Optional[int], at: Optional[int], count: Option
         report.add(Group("areas", f"{kind} area at {at:#x}", _area(found), {"kind": kind}))
         return report
     report.notes.append(STALE_VMCS)
-    for item in chosen_vmcs(session, vmcs):
+    for item in host_vmcs(session, vmcs):
         for one in msr_areas.AREAS:
             area = msr_areas.area_of(item.vmcs, session.machine.memory, one, session.caps)
             blocks: List[Block] = (
@@ -266,7 +266,7 @@ def exceptions(session: Session, vmcs: Optional[int]) -> Report:
         notes=[*session.machine.warnings, STALE_VMCS],
         python=[*session.python_open(), "from vtdbg.vmx.bitmaps import ExceptionBitmap"],
     )
-    for item in chosen_vmcs(session, vmcs):
+    for item in host_vmcs(session, vmcs):
         found = ExceptionBitmap.of(item.vmcs)
         group = Group("bitmaps", f"exception bitmap of {item.title}", [])
         report.add(group)

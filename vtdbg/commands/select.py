@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
 STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
+# Layouts that no processor uses: KVM's vmcs12 and its like in other hypervisors.
+SOFTWARE_LAYOUTS = ("kvm_", "hyperv_", "virtualbox_", "xen_", "vmware_")
+NESTED_ADDRESSES = "of a hypervisor inside a guest: its addresses are physical in that guest, not in this memory"
 STALE_VMCS = "a VMCS in memory may be stale: a current one may be kept in the processor until VMCLEAR"
 
 
@@ -28,6 +31,12 @@ class VmcsAt:
     vmcs: Vmcs
     found: Optional[Found] = None
     text: "Optional[TextDump]" = None
+
+    @property
+    def nested(self) -> bool:
+        """Is it a VMCS that a hypervisor keeps for a hypervisor in its guest?  Its addresses are physical in that guest, not in this memory."""
+        # A shadow VMCS holds what such a hypervisor wrote, too (SDM vol. 3, VMCS Shadowing).
+        return bool(self.vmcs.shadow) or (self.vmcs.layout is not None and self.vmcs.layout.id.startswith(SOFTWARE_LAYOUTS))
 
     @property
     def title(self) -> str:
@@ -117,6 +126,15 @@ def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[
     return chosen
 
 
+def host_vmcs(session: Session, address: Optional[int] = None) -> List[VmcsAt]:
+    """The VMCS whose addresses are physical in this memory: the named one (UsageError where it is not such), or all that a scan finds."""
+    chosen = chosen_vmcs(session, address)
+    usable = [item for item in chosen if not item.nested]
+    if not usable:
+        raise UsageError(f"{chosen[0].title} is {NESTED_ADDRESSES} (`source scan` shows whose it is)")
+    return usable
+
+
 def chosen_vmcb(
     session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None, layout: str = "vmcb"
 ) -> List[VmcbAt]:
@@ -144,7 +162,7 @@ def chosen_blocks(session: Session, vmcs: Optional[int], vmcb: Optional[int]) ->
     """
     if vmcs is not None and vmcb is not None:
         raise UsageError("give one of --vmcs and --vmcb")
-    intel = chosen_vmcs(session, vmcs) if vmcs is not None or (vmcb is None and _any(session, "vmcs")) else []
+    intel = host_vmcs(session, vmcs) if vmcs is not None or (vmcb is None and _any(session, "vmcs")) else []
     amd = chosen_vmcb(session, vmcb) if vmcb is not None or (vmcs is None and _any(session, "vmcb")) else []
     return intel, amd, [STALE_VMCS] * bool(intel) + [STALE_VMCB] * bool(amd)
 

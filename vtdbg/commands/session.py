@@ -135,7 +135,11 @@ class Session:
     def python_open(self) -> List[str]:
         """The first lines of every --python."""
         lines = ["import vtdbg"]
-        if self.source:
+        if self.source and self.source.startswith("sample:"):
+            lines += ["from vtdbg.samples import open_sample", f"machine = open_sample({self.source[len('sample:'):]!r})"]
+        elif self.source and self.source.startswith("gdb:"):
+            lines += ["from vtdbg.targets import connect", f"machine = connect({self.source!r})"]
+        elif self.source:
             extra = f", format={self.format!r}" if self.format else ""
             lines.append(f"machine = vtdbg.open({self.source!r}{extra})")
         return lines
