@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Dict, List, Optional
+from typing import List, Mapping, Optional, cast
 
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
+from vtdbg.record import Name
 from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.port import Unsupported
-from vtdbg.record import Name
 from vtdbg.vmx.vmcs import Vmcs
 
 YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
@@ -131,8 +131,7 @@ def vmread_vmcs(session: Session, address: Optional[int], yes: bool, assume_host
         result = target.vmreads(sorted(encoding for encoding in fields() if not encoding & 1), patch=not no_patch)
     if result.overwritten:
         report_notes.append("VMREADs of fields that this processor lacks have set the VM-instruction error to 12; the value shown is the one before")
-    known: Dict[Name, int] = {**result.values}
-    return Vmcs.from_values(known, "VMREAD")  # type: ignore[arg-type]
+    return Vmcs.from_values(cast(Mapping[Name, int], result.values), "VMREAD")
 
 
 @verb(
