@@ -757,19 +757,20 @@ def test_hostile_lines_are_read_in_bounded_time(line: str) -> None:
 
 
 def test_size_of_the_log_costs_lines_not_squares() -> None:
-    """Lines without a word of any dialect are looked at once and not cleaned."""
-    from vtdbg.textdump import _candidates
+    """Lines far from anything that only a dump prints are split into words once and not read."""
+    from vtdbg.textdump import FARTHEST, _candidates
     from vtdbg.textdump.lines import Lines
 
     values = vmcs_values(33)
     dump_text = plain(writers.kvm_intel(values), values, "dmesg")[0]
-    noise = "".join(f"[{number:12.6f}] audit: apparmor allowed the operation {number}\n" for number in range(20_000))
-    lines = Lines(noise + dump_text + noise)
-    candidates = _candidates(lines)
-    assert len(candidates) < 100
+    count = 10_000
+    noise = "".join(f"[{number:12.6f}] audit: RIP: 0010:vmx_vcpu_run+0x{number:x} CS: 0010 CR0: 0000000080050033\n" for number in range(count))
+    candidates = _candidates(Lines(noise + dump_text + noise))
+    assert all(number > count - FARTHEST for numbers in candidates for number in numbers)
+    assert max(len(numbers) for numbers in candidates) <= 2 * FARTHEST + dump_text.count("\n")
     dump, = parse(noise + dump_text + noise)
-    assert len(dump.values) > 110 and len(lines._cleaned) == 0
-    assert dump.first_line == 20_001
+    assert len(dump.values) > 110 and dump.first_line == count + 1
+    assert [len(numbers) for numbers in _candidates(Lines(noise))] == [0, 0, 0, 0]
 
 
 def test_json_of_our_own_commands() -> None:

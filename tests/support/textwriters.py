@@ -372,10 +372,14 @@ def hvext(values: Values) -> List[Row]:
             for encoding, row in vmcs_fields.fields().items() if encoding in values and not row.title.startswith("(")]
 
 
+HAXM_NAMES = {0x4000: "VMX_PIN_CONTROLS", 0x4002: "VMX_PRIMARY_PROCESSOR_CONTROLS", 0x4012: "VMX_ENTRY_CONTROLS", 0x4402: "VM_EXIT_INFO_REASON",
+              0x6400: "VM_EXIT_INFO_QUALIFICATION", 0x681E: "GUEST_RIP", 0x6C16: "HOST_RIP", 0x4824: "GUEST_INTERRUPTIBILITY", 0x0000: "VMX_VPID"}
+
+
 def haxm(values: Values, order: Sequence[int]) -> List[Row]:
-    """HAXM's dump_vmcs: encoding, name, unpadded hexadecimal."""
-    return [[f"{encoding:04x} {'GUEST' if encoding & 0xC00 == 0x800 else 'HOST' if encoding & 0xC00 == 0xC00 else 'VMX'}_FIELD_{encoding:X}: ",
-             Printed(encoding, f"{values[encoding]:x}")] for encoding in order]
+    """HAXM's dump_vmcs: encoding, name, unpadded hexadecimal.  Its reader goes by the encoding, so only some names here are HAXM's."""
+    return [[f"{encoding:04x} {HAXM_NAMES.get(encoding, f'VMX_FIELD_{encoding:X}')}: ", Printed(encoding, f"{values[encoding]:x}")]
+            for encoding in order]
 
 
 def field_list(values: Values, style: str) -> List[Row]:

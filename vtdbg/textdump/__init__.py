@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Sequence, Set, Tuple
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Pattern, Sequence, Set, Tuple
 
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.svm import fields as vmcb_fields
@@ -23,24 +25,65 @@ __all__ = ["TextDump", "TextValue", "of_kind", "parse", "vmcb_from_text", "vmcs_
 
 _WORDS = re.compile(r"[a-z_][a-z0-9_]*")
 _ALPHANUMERIC = re.compile(r"[0-9A-Za-z]")
-_MARKS = ("...", "\u2026", "0x", "vmx_", "vm_exit_", "guest_", "host_")
+_MARKS = ("...", "\u2026", "0x", "snip", "suppressed", "VMX_", "VM_EXIT_", "GUEST_", "HOST_")
+FARTHEST = 200
+"""Lines around a marked one that can belong to the same dump."""
 
 LOOKED_FOR = ("KVM dump_vmcs or dump_vmcb, Xen's VMCS and VMCB dumps, hvext !dump_vmcs, HAXM, VirtualBox, bhyve, "
               "QEMU's \"KVM: entry failed\", lists of field names or encodings with values")
 
 
-def _keywords() -> FrozenSet[str]:
-    return vmcs_blocks.KEYWORDS | vmcb_blocks.KEYWORDS | registers.KEYWORDS | lists.keywords()
+Parser = Callable[[Lines, Sequence[int], Set[int], Set[int]], List[TextDump]]
 
 
-def _candidates(lines: Lines) -> List[int]:
-    """Numbers of the lines that can hold something: one has a word of a dialect, an encoding, or says that lines are missing."""
-    known = _keywords()
-    found: List[int] = []
+@dataclass(frozen=True)
+class _Dialect:
+    """A reader, the words one of which stands near everything that it reads, and those one of which stands in every line."""
+
+    read: Parser
+    markers: FrozenSet[str]
+    keywords: FrozenSet[str]
+    numbers: Optional[Pattern[str]] = None
+    """What marks a line of numbers only."""
+
+
+@cache
+def _dialects() -> Tuple[_Dialect, ...]:
+    return (_Dialect(vmcb_blocks.parse, vmcb_blocks.MARKERS, vmcb_blocks.KEYWORDS),
+            _Dialect(vmcs_blocks.parse, vmcs_blocks.MARKERS, vmcs_blocks.KEYWORDS),
+            _Dialect(registers.parse, registers.MARKERS, registers.KEYWORDS),
+            _Dialect(lists.parse, lists.markers(), lists.keywords(), lists.PAIR))
+
+
+def _words(raw: str) -> List[str]:
+    return _WORDS.findall(raw[:LONGEST_LINE].lower())
+
+
+def _candidates(lines: Lines) -> List[List[int]]:
+    """For each dialect, the numbers of the lines that can hold something of it: lines with one of its words near a line with a marker.
+
+    This is all that is done with the other lines of a log.
+    """
+    dialects = _dialects()
+    marked: List[List[int]] = [[] for _ in dialects]
     for index, raw in enumerate(lines.raw):
-        lowered = raw[:LONGEST_LINE].lower()
-        if not known.isdisjoint(_WORDS.findall(lowered)) or any(mark in lowered for mark in _MARKS):
-            found.append(index + 1)
+        words = _words(raw)
+        for dialect, found in zip(dialects, marked):
+            if not dialect.markers.isdisjoint(words) or (dialect.numbers is not None and "0x" in raw and dialect.numbers.search(raw)):
+                found.append(index + 1)
+    return [_near(lines, dialect, found) for dialect, found in zip(dialects, marked)]
+
+
+def _near(lines: Lines, dialect: _Dialect, marked: Sequence[int]) -> List[int]:
+    """Lines with a word of the dialect, or that say that lines are missing, not farther from a marked line than a dump has holes."""
+    found: List[int] = []
+    done = 0
+    for center in marked:
+        for number in range(max(done + 1, center - FARTHEST), min(center + FARTHEST, len(lines)) + 1):
+            raw = lines.raw[number - 1]
+            if not dialect.keywords.isdisjoint(_words(raw)) or any(mark in raw for mark in _MARKS):
+                found.append(number)
+            done = number
     return found
 
 
@@ -53,14 +96,13 @@ def parse(text: str) -> List[TextDump]:
     if document is not None:
         return document
     lines = Lines(text)
-    candidates = _candidates(lines)
     claimed: Set[int] = set()
     reserved: Set[int] = set()
     dumps: List[TextDump] = []
     # What stands inside a dump of another dialect and was not understood is damage, not something of the next dialect.
-    for dialect in (vmcb_blocks.parse, vmcs_blocks.parse, registers.parse, lists.parse):
-        inside = {number for dump in dumps for number in range(dump.first_line, dump.last_line + 1)}
-        dumps.extend(dialect(lines, [number for number in candidates if number not in inside and number not in reserved], claimed, reserved))
+    for dialect, candidates in zip(_dialects(), _candidates(lines)):
+        inside = {number for dump in dumps for number in range(dump.first_line, dump.last_line + 1)} | reserved
+        dumps.extend(dialect.read(lines, [number for number in candidates if number not in inside], claimed, reserved))
     dumps.sort(key=lambda dump: (dump.first_line, dump.last_line))
     for dump in dumps:
         dump.unparsed = _unparsed(lines, dump, claimed)

@@ -58,6 +58,9 @@ _VBOX: Mapping[str, str] = {
 }
 """VirtualBox' names without VMX_VMCS32_ and _FULL (include/VBox/vmm/hm_vmx.h), where they are not Linux' own."""
 
+PAIR = re.compile(r"(?<!\w)0x(?:0000)?[0-9a-f]{4}[\s:=\])>-]{1,6}0x[0-9a-f]", re.IGNORECASE)
+"""An encoding and a value, without a word."""
+
 _SHARED = 0x2010
 """TSC_OFFSET: a VMCB has a field of the same name."""
 
@@ -108,13 +111,24 @@ def _titles() -> Dict[str, int]:
 
 @cache
 def keywords() -> FrozenSet[str]:
-    """Lower-case words of every name and title: a line without one holds no field."""
-    found = {"vmread", "field"}
+    """Lower-case words one of which stands in every line that can matter: names, the first words of titles, hypervisors' own prefixes."""
+    found = {"vmread", "field", "guest", "host", "qualification"} | {name.lower() for name in _VBOX}
     for row in vmcs_fields.fields().values():
-        for name in row.aliases + (row.name,):
-            found.add(name.lower())
-        found.update(re.findall(r"[a-z_][a-z0-9_]*", row.title.lower()))
-    return frozenset(found - word_set("of and address index value count state pointer information error code length limit"))
+        names = [name.lower() for name in row.aliases + (row.name,)]
+        found.update(names + [f"{name}_{ending}" for name in names for ending in ("full", "high")])
+        found.update(re.findall(r"[a-z_][a-z0-9_]*", row.title.lower())[:1])
+    common = word_set("address last exit original instruction exception page secondary primary virtual i high low shared io reserved")
+    return frozenset(found - common)
+
+
+@cache
+def markers() -> FrozenSet[str]:
+    """Lower-case words that other logs seldom have."""
+    return (keywords() - _SHORT - word_set("apic field idt msr pid sub vm vmx")) | word_set("""
+        vmx_pin_controls vmx_primary_processor_controls vmx_secondary_processor_controls vmx_exception_bitmap vmx_exit_controls vmx_entry_controls
+        vmx_entry_interrupt_info vmx_cr0_mask vmx_cr4_mask vmx_cr0_read_shadow vmx_vpid vmx_io_bitmap_a vmx_msr_bitmap vmx_tsc_offset vmx_eptp
+        vmx_instruction_error_code vm_exit_info_reason vm_exit_info_qualification vm_exit_info_idt_vectoring guest_vmcs_link_ptr guest_pdpte0
+        guest_interruptibility guest_pending_dbe""")
 
 
 def _by_title(title: str) -> Optional[VmcsField]:

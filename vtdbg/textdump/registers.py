@@ -34,6 +34,9 @@ KEYWORDS = word_set("""
     vm exit_reason qualification exitcode exitinfo1 exitinfo2 inst_length inst_error inst_type status reason code
 """)
 
+MARKERS = word_set("hardware hardware_entry_failure_reason suberror eip efl rfl inst_length inst_type exit_reason exitinfo1")
+"""Lower-case words that other logs seldom have."""
+
 FARTHEST = 60
 
 _VMCS_SEGMENT = {"LDT": "LDTR"}

@@ -113,8 +113,19 @@ def phrases(dialect: str) -> Table:
 KEYWORDS = frozenset([label.split()[0].lower() for label, _ in _CONTROL] + [row[0] for row in _SAVE_PAIRS] + list(_SEGMENTS)
                      + [label.lower() for label, _, _ in _XEN]
                      ) | word_set("""
-    iopm_base_pa msrpm_base_pa asid cpl lstar intercepts exit_code isst_addr u_cet vmpl vmcb event_inj virtual paddr dumping domain vcpu sev_features
+    sel iopm_base_pa msrpm_base_pa asid cpl lstar intercepts exit_code isst_addr u_cet vmpl vmcb event_inj virtual paddr dumping domain vcpu
+    sev_features
 """)
+
+MARKERS = word_set("""
+    vmcb iopm_base_pa msrpm_base_pa cr_read cr_write dr_read dr_write intercepts int_ctl int_vector int_state exit_code exit_info1 exit_info2
+    exit_int_info exit_int_info_err nested_ctl nested_cr3 misc_ctl misc_ctl2 avic_vapic_bar event_inj event_inj_err virt_ext lbr_ctl next_rip vmsa_pa
+    avic_backing_page avic_logical_id avic_physical_id gdtr ldtr idtr kernel_gs_base sysenter_cs sysenter_esp gpat br_from excp_from lstar cstar
+    sfmask
+    cr_intercepts dr_intercepts exception_intercepts general1_intercepts general2_intercepts tlb_control vintr int_stat interrupt_shadow
+    exitcode exitintinfo exitinfo1 exitinfo2 np_ctrl guest_asid kerngsbase h_cr3 cleanbits
+""")
+"""Lower-case words that other logs seldom have."""
 
 _KVM_POINTER = re.compile(r"(?:\b(SVM|SEV|SEV-ES|SEV-SNP) (?:vCPU(\d{1,6}) )?)?VMCB ((?:0x)?[0-9a-f]{6,16}|\(____ptrval____\)), "
                           r"last attempted VMRUN on CPU (\d{1,5})(?!\d)", re.IGNORECASE)

@@ -198,7 +198,7 @@ _GPR = re.compile(r"\b(r[a-ds][xpi]|r8|r9|r1[0-5]): ([0-9a-f]{16})(?![0-9A-Za-z_
 """Xen's registers, in small letters; a Linux oops prints its own in capitals."""
 
 KEYWORDS = word_set("""
-    guest host control vmcs msr vmlaunch vmresume vmentry entry domain vcpu rax rdx rbp r9 r12 r15 context
+    sel guest host control vmcs msr vmlaunch vmresume vmentry entry domain vcpu rax rdx rbp r9 r12 r15 context
     cr0 cr3 cr4 rsp rip rflags dr7 sysenter cs ds ss es fs gs gdtr ldtr idtr tr efer pat pdptr0 pdptr1 pdptr2 pdptr3 pdpte0 pdpte1 pdpte2 pdpte3
     preemptiontimer sm debugctl debugexceptions perfglobctl bndcfgs interruptibility activitystate interruptstatus
     deadlinephy deadlinevir guestapictimervector spec_ctrl s_cet ssp intr fsbase gdtbase gsbase trbase idtbase
@@ -207,6 +207,14 @@ KEYWORDS = word_set("""
     vmfunc ve ve_info suppressed target0 target1 target2 target3 targets
 """)
 """Lower-case words one of which stands in every line that can matter."""
+
+MARKERS = word_set("""
+    gh_mask shadow sysenter debugctl debugexceptions interruptibility activitystate interruptstatus perfglobctl bndcfgs attr gdtr ldtr idtr
+    pdptr0 pdptr2 pdpte0 pdpte2 preemptiontimer deadlinephy deadlinevir spec_ctrl s_cet fsbase gdtbase gsbase trbase idtbase pinbased cpubased
+    secondaryexec tertiaryexec entrycontrols exitcontrols exceptionbitmap pfecmask pfecmatch vmentry vmexit qualification idtvectoring svi tpr
+    postedintrvec eptp ept ple vmfunc ve_info tsc efer vpid
+""")
+"""Lower-case words that other logs seldom have."""
 
 
 @dataclass
@@ -258,12 +266,18 @@ def _events(lines: Lines, numbers: Sequence[int]) -> List[Event]:
         for match in record.matches:
             if match.good and (match.phrase.strong or (record.clean and known)):
                 event = _phrase_event(match, record, starts, number)
-                event.at_cut = lines.ends_open and number + len(starts) - 1 == lines.last and match is record.matches[-1]
+                event.at_cut = match is record.matches[-1] and _ends_open(lines, number + len(starts) - 1)
                 events.append(event)
             elif match.phrase.strong or (record.clean and known):
                 events.append(Event(number, "damaged", data=(match.phrase.id,)))
     events.extend(Event(number, "gap", data=(text,)) for number, text in gaps)
     return sorted(events, key=lambda event: event.line)
+
+
+def _ends_open(lines: Lines, number: int) -> bool:
+    """A remark after line `number` can be missing: the text ends there, or in the middle of the remark."""
+    following = lines.next_soft(number)
+    return lines.ends_open and (number == lines.last or (following is not None and following.number == lines.last and following.text[:1] == "("))
 
 
 class _Follow:
