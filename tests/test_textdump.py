@@ -779,3 +779,18 @@ def test_json_of_our_own_commands() -> None:
     assert dict(vmcs.items()) == {"GUEST_RIP": 0x1000, "HOST_RIP": 0x2000}
     vmcb = vmcb_from_text('{"control": {"asid": 1, "exit_code": "0x400"}}')
     assert dict(vmcb.items()) == {"asid": 1, "exit_code": 0x400}
+
+
+# --- pastes, as files ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, least", [("kvm-mail-quoted", 98), ("kvm-tail", 28), ("xen-web", 98)])
+def test_pastes_of_the_failed_entry(name: str, least: int, intel_plain_truth: Dict[str, Any]) -> None:
+    """The kernel's failed entry as a quoted and wrapped mail, as the end of a log, and as a web page makes it of Xen's format."""
+    truth = {int(key, 16): int(value, 16) for key, value in intel_plain_truth["vms"]["B"]["dump_vmcs_by_encoding"].items()}
+    text = (DATA / f"text/{name}.txt").read_text(encoding="utf-8")
+    dump, = parse(text)
+    read = {key: value for key, value in numbers(dump).items() if key in truth}
+    assert read == {key: truth[key] for key in read} and len(read) >= least
+    assert name != "kvm-tail" or not any(found in dump.vmcs() for found in ("GUEST_IA32_PAT", "GUEST_SYSENTER_ESP", "GUEST_RIP"))
+    assert ("lines are missing here" in " ".join(dump.notes)) == (name != "kvm-mail-quoted")

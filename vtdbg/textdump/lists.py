@@ -302,7 +302,7 @@ def _dump(dialect: str, parts: Sequence[Sequence[Entry]], lines: Lines, claimed:
     gaps = [number for number in range(numbers[0], numbers[-1] + 1) if number not in builder.lines and is_gap(lines.line(number).text)] \
         if numbers[-1] - numbers[0] < 100 * FARTHEST else []
     for number in gaps:
-        builder.note(f"line {number}: {shown(lines.raw[number - 1], 80)}: lines are missing here")
+        builder.note(f"line {number}: lines are missing here ({shown(lines.raw[number - 1], 80)})")
         builder.lines.add(number)
     claimed |= builder.lines
     return TextDump("vmcs", dialect, in_field_order("vmcs", builder.settled()), numbers[0], numbers[-1], notes=builder.notes, extras=builder.extras)

@@ -208,7 +208,7 @@ class _Reader:
             if record.matches and self._accept(record, starts, number):
                 done = number + len(starts) - 1
             elif self._open is not None and is_gap(line.text):
-                self._open.builder.note(f"line {number}: {shown(line.text, 80)}: lines are missing here")
+                self._open.builder.note(f"line {number}: lines are missing here ({shown(line.text, 80)})")
                 self._open.builder.lines.add(number)
         self._close()
         return self._dumps()

@@ -563,7 +563,7 @@ class _Reading:
             self.lists[self._list].append((int(event.data[0], 16), int(event.data[1], 16)))
             self.builder.lines.add(event.line)
         elif event.what == "gap":
-            self.builder.note(f"line {event.line}: {shown(event.data[0], 80)}: lines are missing here")
+            self.builder.note(f"line {event.line}: lines are missing here ({shown(event.data[0], 80)})")
             self.builder.lines.add(event.line)
         elif event.what in ("msr", "damaged"):
             self.unread.add(event.line)
