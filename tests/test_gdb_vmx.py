@@ -117,6 +117,17 @@ def test_cpuid_msr_and_sgdt(at_handler: MiPort) -> None:
     assert everything(at_handler) == before
 
 
+def test_checks_with_the_capabilities_of_the_live_processor(at_handler: MiPort) -> None:
+    """RDMSR of the processor decides what is undecided without it; the VMCS of a guest that runs passes; the target is as it was."""
+    before = everything(at_handler)
+    without = at_handler.execute(f"vmcs check {VMCS:#x}")
+    assert "without IA32_VMX_PROCBASED_CTLS2" in " ".join(without.split())
+    text = " ".join(at_handler.execute(f"vmcs check {VMCS:#x} --rdmsr --yes").split())
+    assert "capabilities: RDMSR and CPUID of the live processor" in text
+    assert "controls.sec.allowed" not in text and "Failures" not in text
+    assert everything(at_handler) == before
+
+
 class Interrupted(MiPort):
     """Ctrl-C arrives at the `at`-th command to gdb, before or after gdb has executed it."""
 

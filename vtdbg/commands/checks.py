@@ -38,18 +38,37 @@ COLUMNS = (
     *OPTIONS,
     Opt("--resume", "flag", "the entry is by VMRESUME (checks the launch state too)"),
     Opt("--launch", "flag", "the entry is by VMLAUNCH"),
+    Opt("--rdmsr", "flag", "live target: take the capability MSRs from its processor (an injected RDMSR asks first)"),
+    Opt("--yes", "flag", "with --rdmsr: do not ask"),
+    Opt("--assume-host", "flag", "with --rdmsr: the processor is in the host, although nothing in memory says so"),
 )
 def check_vmcs(
-    session: Session, address: Optional[int], text: Optional[str], index: Optional[int], all: bool, lint: bool, resume: bool, launch: bool
+    session: Session,
+    address: Optional[int],
+    text: Optional[str],
+    index: Optional[int],
+    all: bool,
+    lint: bool,
+    resume: bool,
+    launch: bool,
+    rdmsr: bool,
+    yes: bool,
+    assume_host: bool,
 ) -> Report:
     """All the checks of a VM entry: controls, host state, guest state, MSR-load area.  A check whose input is missing is undecided, with
-    the input named; --caps gives the capability MSRs that many need.
+    the input named; --caps or --rdmsr gives the capability MSRs that many need.
     """
     from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
 
     chosen = chosen_vmcs(session, address, text, index)
     memory = session.machine.memory if text is None else None
     report = _report("vmcs check", session, text, STALE_VMCS)
+    caps = session.caps
+    if rdmsr:
+        from vtdbg.commands.live import live_capabilities
+
+        caps = live_capabilities(session, yes, assume_host)
+        report.notes.append(f"capabilities: {caps.origin}")
     instruction = "vmresume" if resume else "vmlaunch" if launch else None
     for item in chosen:
         given: Dict[str, Any] = {"vmcs_address": None if item.nested else item.address, "instruction": instruction}
@@ -57,8 +76,8 @@ def check_vmcs(
         if item.nested:
             whose = f"VMCS at {item.address:#x} is {NESTED_ADDRESSES}"
             report.notes.append(f"{whose}: checks that read memory are undecided, and --caps have to be those that its hypervisor sees")
-        findings = check_vm_entry(item.vmcs, session.caps, seen, lint=lint, **given)
-        outcome = predict_vm_entry(item.vmcs, session.caps, seen, **given)
+        findings = check_vm_entry(item.vmcs, caps, seen, lint=lint, **given)
+        outcome = predict_vm_entry(item.vmcs, caps, seen, **given)
         group = Group(
             "vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)}
         )

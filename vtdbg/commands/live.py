@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import List, Mapping, Optional, cast
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.session import Session
@@ -12,7 +12,8 @@ from vtdbg.record import Name
 from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
-from vtdbg.targets.port import Unsupported
+from vtdbg.targets.port import TargetError, TargetGone, Unsupported
+from vtdbg.vmx.capabilities import MsrKey, VmxCapabilities
 from vtdbg.vmx.vmcs import Vmcs
 
 YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
@@ -83,6 +84,59 @@ def msr_read(session: Session, msr: List[str], yes: bool, assume_host: bool) -> 
         table.add(hexa(number), row.name if row is not None else "", hexa(value, 16), meaning)
     report.add(table)
     return report
+
+
+# SDM vol. 3, appendix VMX Capability Reporting Facility: which MSRs every VMX processor has, and what says that it has the others.
+# A processor is not asked for one that it lacks: RDMSR of that faults.
+CAPABILITY_MSRS = (0x3A, *range(0x480, 0x48B))
+CONDITIONAL_MSRS: Tuple[Tuple[Tuple[int, ...], Callable[[VmxCapabilities], Optional[bool]]], ...] = (
+    ((0x48D, 0x48E, 0x48F, 0x490), lambda caps: caps.true_controls),
+    ((0x48B,), lambda caps: caps.supports("proc", "SEC_CONTROLS")),
+    ((0x48C,), lambda caps: caps.supports("sec", "EPT") or caps.supports("sec", "VPID")),
+    ((0x491,), lambda caps: caps.supports("sec", "VMFUNC")),
+    ((0x492,), lambda caps: caps.supports("proc", "TERTIARY_CONTROLS")),
+    ((0x493,), lambda caps: caps.supports("exit", "ACTIVATE_SECONDARY_CONTROLS")),
+)
+CPUID_ADDRESS_SIZES = 0x80000008
+
+
+def live_capabilities(session: Session, yes: bool, assume_host: bool) -> VmxCapabilities:
+    """The capability MSRs of the live processor: by the debugger's own RDMSR, else injected in the host after a yes.
+
+    An MSR that the processor refuses stays unknown, and so does the address width where CPUID cannot be executed.
+    """
+    port = live_machine(session).port
+    try:
+        values = _existing(port.rdmsr)
+        if values:
+            return VmxCapabilities.from_msrs(cast(Mapping[MsrKey, int], values), origin="RDMSR by the debugger")
+    except Unsupported:
+        pass
+    with injector(session, "--rdmsr", yes, assume_host) as target:
+        values = _existing(target.rdmsr)
+        width = target.cpuid(CPUID_ADDRESS_SIZES)[0] & 0xFF
+    known = cast(Mapping[MsrKey, int], values)
+    return VmxCapabilities.from_msrs(known, physical_address_width=width or None, origin="RDMSR and CPUID of the live processor")
+
+
+def _existing(rdmsr: Callable[[int], int]) -> Dict[int, int]:
+    """The capability MSRs that the processor has by what the others say; one that is refused all the same stays unknown."""
+    values: Dict[int, int] = {}
+
+    def read(indexes: Sequence[int]) -> None:
+        for index in indexes:
+            try:
+                values[index] = rdmsr(index)
+            except (Unsupported, TargetGone):
+                raise
+            except TargetError:
+                continue
+
+    read(CAPABILITY_MSRS)
+    for indexes, exist in CONDITIONAL_MSRS:
+        if exist(VmxCapabilities.from_msrs(cast(Mapping[MsrKey, int], values))):
+            read(indexes)
+    return values
 
 
 def _msr_index(name: str) -> int:
