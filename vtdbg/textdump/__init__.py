@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Pat
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.svm import fields as vmcb_fields
 from vtdbg.svm.vmcb import Vmcb
-from vtdbg.textdump import lists, registers, vmcb_blocks, vmcs_blocks
+from vtdbg.textdump import lists, registers, vmcb_blocks, vmcs_blocks, vmcs_phrases
 from vtdbg.textdump.lines import LONGEST_LINE, Lines, shown
 from vtdbg.textdump.model import Builder, TextDump, TextValue, describe, in_field_order
 from vtdbg.vmx import fields as vmcs_fields
@@ -50,7 +50,7 @@ class _Dialect:
 @cache
 def _dialects() -> Tuple[_Dialect, ...]:
     return (_Dialect(vmcb_blocks.parse, vmcb_blocks.MARKERS, vmcb_blocks.KEYWORDS),
-            _Dialect(vmcs_blocks.parse, vmcs_blocks.MARKERS, vmcs_blocks.KEYWORDS),
+            _Dialect(vmcs_blocks.parse, vmcs_phrases.MARKERS, vmcs_phrases.KEYWORDS),
             _Dialect(registers.parse, registers.MARKERS, registers.KEYWORDS),
             _Dialect(lists.parse, lists.markers(), lists.keywords(), lists.PAIR))
 

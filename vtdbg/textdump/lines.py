@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, Optional, Pattern, Tuple
+from typing import Dict, FrozenSet, List, Optional, Pattern, Sequence, Tuple
 
 LONGEST_LINE = 20_000
 """Characters of one line that are looked at; a real log line has a few hundred."""
@@ -182,3 +182,41 @@ def shown(raw: str, limit: int = 200) -> str:
 def word_set(text: str) -> FrozenSet[str]:
     """The words of a text, for tables of keywords."""
     return frozenset(text.split())
+
+
+class Follow:
+    """Gives the lines after a line while they can be the rest of it."""
+
+    def __init__(self, lines: Lines, number: int, stop: Optional[Pattern[str]] = None) -> None:
+        self._lines, self._number, self._stop = lines, number, stop
+
+    @property
+    def cut(self) -> bool:
+        return self._lines.ends_cut and self._number == self._lines.last
+
+    def next(self) -> Optional[str]:
+        line = self._lines.next_soft(self._number)
+        if line is None or (self._stop is not None and self._stop.search(line.text)):
+            return None
+        self._number = line.number
+        return line.text
+
+
+def streams(lines: Lines, candidates: Sequence[int]) -> Dict[str, List[int]]:
+    """Candidate lines by who printed them, where the prefixes say so: dumps of two processors interleave."""
+    keys = {lines.line(number).key for number in candidates} - {""}
+    if len(keys) < 2:
+        return {"": list(candidates)}
+    found: Dict[str, List[int]] = {}
+    key = ""
+    for number in candidates:
+        line = lines.line(number)
+        if line.logged:
+            key = line.key
+        if is_gap(line.text):
+            for others in found.values():
+                others.append(number)
+        else:
+            # A line without any prefix is the rest of the one before it.
+            found.setdefault(key, []).append(number)
+    return found

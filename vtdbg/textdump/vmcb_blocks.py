@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
-from vtdbg.textdump.lines import Lines, is_gap, shown, word_set
+from vtdbg.textdump.lines import Follow, Lines, is_gap, shown, streams, word_set
 from vtdbg.textdump.model import Builder, Segment, TextDump, in_field_order, mixed
 from vtdbg.textdump.phrases import Match, Phrase, Record, Table, phrase, scan_joined, shape, table
-from vtdbg.textdump.vmcs_blocks import _Follow, _streams
 
 FARTHEST = 200
 KVM, XEN = "KVM dump_vmcb", "Xen svm_vmcb_dump"
@@ -160,7 +159,7 @@ def parse(lines: Lines, candidates: Sequence[int], claimed: Set[int], reserved: 
     Adds the lines that were understood to `claimed`, and those that look like the dump's, understood or not, to `reserved`.
     """
     dumps: List[TextDump] = []
-    for numbers in _streams(lines, candidates).values():
+    for numbers in streams(lines, candidates).values():
         best: List[TextDump] = []
         best_sets: Tuple[Set[int], Set[int]] = (set(), set())
         for dialect in (KVM, XEN):
@@ -201,7 +200,7 @@ class _Reader:
                 if self._open is not None:
                     self._open.builder.lines.add(number + 1)
                 continue
-            follow = _Follow(self._lines, number)
+            follow = Follow(self._lines, number, _KVM_AREA)
             record, starts = scan_joined(rows, line.text, follow)
             if any(match.phrase.strong or match.good for match in record.matches):
                 self._lookalike.add(number)
