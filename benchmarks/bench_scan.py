@@ -19,7 +19,7 @@ from typing import BinaryIO, Callable, Dict, FrozenSet, List, Tuple
 from vtdbg.memory.base import PAGE_SIZE
 from vtdbg.memory.open import open_machine
 from vtdbg.samples import unpack_sparse
-from vtdbg.scan import scan
+from vtdbg.scanner import scan
 from vtdbg.vmx.find import RevisionFilter
 
 SIZE = int(sys.argv[1]) << 20 if len(sys.argv) > 1 else 1 << 30

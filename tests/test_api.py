@@ -29,6 +29,12 @@ def test_public_functions_are_typed(name: str) -> None:
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
 
 
+def test_no_public_name_is_a_module_too() -> None:
+    """`import vtdbg.scan` anywhere would put the module in the place of the function."""
+    modules = {path.stem for path in Path(vtdbg.__file__).parent.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert modules.isdisjoint(set(vtdbg.__all__) - {"__version__"})
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'opem'"):
         _ = vtdbg.opem  # type: ignore[attr-defined]

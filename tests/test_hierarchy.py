@@ -17,7 +17,7 @@ from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.render.text import render_text
-from vtdbg.scan import Found, relate, scan
+from vtdbg.scanner import Found, relate, scan
 from vtdbg.vmx import layouts
 from vtdbg.vmx.find import Budget
 from vtdbg.vmx.kvm_nested import nested_records

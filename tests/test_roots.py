@@ -20,7 +20,7 @@ from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.render.text import render_text
 from vtdbg.roots import FITS, find_roots
-from vtdbg.scan import scan
+from vtdbg.scanner import scan
 
 ROOT_MASK = 0x000FFFFFFFFFF000
 

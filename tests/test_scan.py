@@ -15,7 +15,7 @@ from vtdbg import bits
 from vtdbg.errors import MemoryUnavailable, UsageError
 from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
-from vtdbg.scan import CLASSES, Found, relate, scan
+from vtdbg.scanner import CLASSES, Found, relate, scan
 from vtdbg.svm import recognise
 from vtdbg.vmx import layouts
 from vtdbg.vmx.find import Budget, find_in_ept

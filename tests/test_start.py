@@ -19,7 +19,7 @@ def modules(*words: str) -> "set[str]":
 def test_listing_a_raw_image_imports_no_other_reader_and_no_disassembler(intel_plain: Path) -> None:
     """A cold `vmcs list` is mostly imports: what the command does not use is not there."""
     loaded = modules("vmcs", "list", "-s", str(intel_plain))
-    assert "vtdbg.memory.raw" in loaded and "vtdbg.scan" in loaded
+    assert "vtdbg.memory.raw" in loaded and "vtdbg.scanner" in loaded
     for name in ("elf", "kdump", "flattened", "lime", "avml", "windows", "vmware"):
         assert f"vtdbg.memory.{name}" not in loaded, name
     assert not loaded & {"capstone", "pygdbmi", "difflib", "vtdbg.textdump", "vtdbg.vmx.exits", "vtdbg.targets", "vtdbg.enumeration"}

@@ -36,7 +36,7 @@ _PUBLIC: Dict[str, str] = {
     "SvmCapabilities": "vtdbg.svm.capabilities:SvmCapabilities",
     "check_vmrun": "vtdbg.svm.entry:check_vmrun",
     "Finding": "vtdbg.findings:Finding",
-    "scan": "vtdbg.scan:scan",
+    "scan": "vtdbg.scanner:scan",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vtdbg.memory.base import PhysicalMemory, memory_from_segments
     from vtdbg.memory.open import open_machine as open
     from vtdbg.memory.views import GuestPhysicalMemory, LinearMemory
-    from vtdbg.scan import scan
+    from vtdbg.scanner import scan
     from vtdbg.svm.capabilities import SvmCapabilities
     from vtdbg.svm.entry import check_vmrun
     from vtdbg.svm.exits import explain_svm_exit

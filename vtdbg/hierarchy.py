@@ -15,7 +15,7 @@ from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory
-from vtdbg.scan import Found
+from vtdbg.scanner import Found
 from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.controls import control

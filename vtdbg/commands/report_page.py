@@ -20,7 +20,7 @@ from vtdbg.machine import Machine
 from vtdbg.render.html import HtmlRenderer, escape, page
 from vtdbg.render.pictures import map_data, msr_data, msr_names
 from vtdbg.report import Block, Group, Lines, Report, Table, Value
-from vtdbg.scan import Found
+from vtdbg.scanner import Found
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.vmcs import Vmcs
 

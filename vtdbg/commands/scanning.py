@@ -7,7 +7,7 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.commands.session import Session
 from vtdbg.numbers import size_text
-from vtdbg.scan import KINDS, Found, relate, scan
+from vtdbg.scanner import KINDS, Found, relate, scan
 
 _FIRST_AFTER, _EVERY = 0.7, 0.2
 

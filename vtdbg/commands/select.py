@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
-from vtdbg.scan import Found
+from vtdbg.scanner import Found
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.vmcs import Vmcs
 

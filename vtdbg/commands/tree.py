@@ -9,7 +9,7 @@ from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
 from vtdbg.hierarchy import Block, Hierarchy, Hypervisor, Page, Vm, hierarchy
 from vtdbg.report import Group, Lines, Report, Table, Value, hexa, text
-from vtdbg.scan import Found
+from vtdbg.scanner import Found
 from vtdbg.vmx.vmcs import Vmcs
 
 
@@ -46,7 +46,7 @@ def found_table(found: Sequence[Found], empty: str) -> Table:
 
 
 def _python(session: Session) -> List[str]:
-    return [*session.python_open(), "from vtdbg.hierarchy import hierarchy", "from vtdbg.scan import relate",
+    return [*session.python_open(), "from vtdbg.hierarchy import hierarchy", "from vtdbg.scanner import relate",
             "tree = hierarchy(machine, relate(vtdbg.scan(machine), machine))",
             "for hypervisor in tree.hypervisors:", "    for vm in hypervisor.vms:", "        print(hypervisor.title, vm.tables, len(vm.blocks))"]
 

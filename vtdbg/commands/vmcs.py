@@ -77,7 +77,7 @@ def list_(session: Session, rejected: bool) -> Report:
             empty="none",
             wrap="summary",
         )
-        from vtdbg.scan import scan
+        from vtdbg.scanner import scan
 
         for item in scan(session.machine, kinds=("vmcs",), layout=session.layout, rejected=True):
             if item.classification == "rejected":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Sequence, Tuple
 
 from vtdbg.report import Table, Value, hexa
-from vtdbg.scan import Found
+from vtdbg.scanner import Found
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.find import equal_guest
 from vtdbg.vmx.vmcs import Vmcs

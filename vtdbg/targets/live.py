@@ -147,7 +147,7 @@ class LiveMachine(Machine):
         return quick or sum(length for _, length in ranges) <= SCANNED
 
     def _search(self) -> List[Tuple[str, int]]:
-        from vtdbg.scan import scan
+        from vtdbg.scanner import scan
 
         return [(KINDS[item.classification], item.address) for item in scan(self.memory) if item.classification in KINDS]
 
