@@ -105,8 +105,9 @@ def unparsed_block(dump: "Optional[TextDump]") -> List[Block]:
 
 def in_words(row: Shown) -> str:
     """Why it does not count, what it means, what else there is to say."""
-    # "0" says nothing that the value does not.
-    return "; ".join(part for part in (row.why, row.meaning if row.meaning != "0" else "", row.note) if part)
+    # "0" says nothing that the value does not; nor do the words for a 0 that does not count.
+    meaning = "" if row.meaning == "0" or (row.why and row.value == 0) else row.meaning
+    return "; ".join(part for part in (row.why, meaning, row.note) if part)
 
 
 def short_source(source: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vtdbg.commands.registry import verb
 from vtdbg.commands.session import Session
 from vtdbg.numbers import size_text
-from vtdbg.report import Lines, Pairs, Report, Table, hexa, text
+from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa, text
 
 SHOWN_RANGES = 64
 
@@ -20,7 +20,9 @@ def info(session: Session) -> Report:
     facts.add("format", "format", machine.format)
     facts.add("live", "live target", machine.live)
     for key, value in machine.details.items():
-        facts.add(key.lower().replace(" ", "_"), key, value)
+        lines = value.count("\n") + 1
+        shown = value if lines == 1 else f"{lines} lines (--json has them)"
+        facts.add(key.lower().replace(" ", "_"), key, Value(value, shown))
     report.add(facts)
     ranges = machine.memory.ranges()
     if ranges is None:
