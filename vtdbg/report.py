@@ -36,6 +36,11 @@ def hexa(value: Optional[int], digits: int = 0, style: str = "", link: str = "")
     return Value(text, text, style, link)
 
 
+def hex_or_none(number: Optional[int]) -> Optional[str]:
+    """An address as JSON has it; None stays None, 0 stays an address."""
+    return None if number is None else f"{number:#x}"
+
+
 def text(words: str, style: str = "", link: str = "") -> Value:
     return Value(words, words, style, link)
 

@@ -315,6 +315,10 @@ class Structure(Protocol):
     def walk(self, memory: PhysicalMemory, address: int, access: AccessLike = None) -> Walk: ...
 
 
+OUTCOMES = {"leaf": "mapped", "not-present": "violation", "misconfigured": "misconfiguration", "unreadable": "unreadable"}
+"""What a descent through nested tables comes to, before an access is judged."""
+
+
 def where(step: Step) -> str:
     """"level 2 PDE at 0x1000"."""
     return f"level {step.level} {step.name} " + (f"at {step.address:#x}" if step.address is not None else f"in {step.place}")

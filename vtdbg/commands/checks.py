@@ -10,7 +10,7 @@ from vtdbg.commands.select import NESTED_ADDRESSES, STALE_VMCB, STALE_VMCS, chos
 from vtdbg.commands.session import Session
 from vtdbg.findings import Finding
 from vtdbg.memory.base import PhysicalMemory
-from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Pairs, Report, Table, Value, text
+from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Pairs, Report, Table, Value, hex_or_none, text
 
 OPTIONS = (
     Opt("--text", "path", "take it from a log; - is the standard input", metavar="FILE"),
@@ -79,7 +79,10 @@ def check_vmcs(
         findings = check_vm_entry(item.vmcs, caps, seen, lint=lint, **given)
         outcome = predict_vm_entry(item.vmcs, caps, seen, **given)
         group = Group(
-            "vmcs", item.title, _blocks(findings, _outcome_words(outcome), all), {"address": _hex(item.address), "outcome": _outcome_data(outcome)}
+            "vmcs",
+            item.title,
+            _blocks(findings, _outcome_words(outcome), all),
+            {"address": hex_or_none(item.address), "outcome": _outcome_data(outcome)},
         )
         group.blocks += unparsed_block(item.text)
         report.add(group)
@@ -109,14 +112,10 @@ def check_vmcb(session: Session, address: Optional[int], text: Optional[str], in
         findings = check_vmrun(item.vmcb, caps, memory, vmcb_address=item.address)
         if lint:
             findings += lint_vmcb(item.vmcb, caps, memory)
-        report.add(Group("vmcb", item.title, _blocks(findings, _vmrun_words(findings), all), {"address": _hex(item.address)}))
+        report.add(Group("vmcb", item.title, _blocks(findings, _vmrun_words(findings), all), {"address": hex_or_none(item.address)}))
         _status(report, findings)
         report.python += _python(session, "vmcb", item.address, text, "vtdbg.check_vmrun(vmcb, None, {memory})", memory)
     return report
-
-
-def _hex(number: Optional[int]) -> Optional[str]:
-    return None if number is None else f"{number:#x}"
 
 
 def _report(command: str, session: Session, path: Optional[str], stale: str) -> Report:

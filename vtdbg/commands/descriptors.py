@@ -12,7 +12,7 @@ from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory, LinearMemory
-from vtdbg.report import FINDINGS, Block, Group, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.report import FINDINGS, Block, Group, Lines, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.svm import segments as svm_segments
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx import segments as vmx_segments
@@ -63,7 +63,7 @@ def _dump(kind: str, session: Session, options: "dict[str, Any]") -> Report:
     report = Report(f"{kind.lower()} dump", header=session.header(), notes=[*session.machine.warnings, *stale], python=session.python_open())
     for view in views:
         base, limit = view.tables[kind]
-        group = Group("tables", f"{kind} of {view.title}", [], {"base": _hex(base), "limit": limit})
+        group = Group("tables", f"{kind} of {view.title}", [], {"base": hex_or_none(base), "limit": limit})
         report.add(group)
         if base is None or limit is None:
             group.add(Lines("unknown", [Value(None, f"unknown: the source does not say where the {kind} is", "warn")]))
@@ -139,10 +139,6 @@ def _raw(numbers: Sequence[int]) -> bytes:
     if len(numbers) > 2 or any(number >> 64 or number < 0 for number in numbers):
         raise UsageError("a descriptor is one number of 64 bits, or two: the lower half first")
     return b"".join(number.to_bytes(8, "little") for number in numbers)
-
-
-def _hex(number: Optional[int]) -> Optional[str]:
-    return None if number is None else f"{number:#x}"
 
 
 def _views(kind: str, session: Session, options: "dict[str, Any]") -> Tuple[List[View], List[str]]:

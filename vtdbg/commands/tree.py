@@ -8,7 +8,7 @@ from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
 from vtdbg.hierarchy import Block, Hierarchy, Hypervisor, Page, Vm, hierarchy
-from vtdbg.report import Group, Lines, Report, Table, Value, hexa, text
+from vtdbg.report import Group, Lines, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.scanner import Found
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -160,33 +160,29 @@ def _rest(tree: Hierarchy) -> Lines:
 
 def _hypervisor_data(item: Hypervisor) -> Dict[str, Any]:
     identity = "host_rip" if item.kind == "vmcs" else "io_bitmap"
-    return {"kind": {"vmcs": "vt-x", "vmcb": "svm"}[item.kind], "level": item.level, identity: _hex(item.identity),
+    return {"kind": {"vmcs": "vt-x", "vmcb": "svm"}[item.kind], "level": item.level, identity: hex_or_none(item.identity),
             "host_cr3": [f"{value:#x}" for value in item.cr3s], "pages": [_page_data(page) for page in item.pages],
             "vms": [_vm_data(vm) for vm in item.vms]}
 
 
 def _vm_data(vm: Vm) -> Dict[str, Any]:
     return {"tables": vm.tables.name.split()[0].lower() if vm.tables is not None else None,
-            "pointer": _hex(vm.tables.pointer if vm.tables is not None else None), "tags": vm.tags, "maps_itself": vm.maps_itself,
+            "pointer": hex_or_none(vm.tables.pointer if vm.tables is not None else None), "tags": vm.tags, "maps_itself": vm.maps_itself,
             "processors": [_block_data(vm, block) for block in vm.blocks], "pages": [_page_data(page) for page in vm.pages],
             "hypervisors": [{"title": _named(inner), **_hypervisor_data(inner)} for inner in vm.hypervisors]}
 
 
 def _block_data(vm: Vm, block: Block) -> Dict[str, Any]:
     cr3 = block.registers["cr3"]
-    down = [_hex(step) for step in vm.steps_down(cr3 & 0x000FFFFFFFFFF000)] if cr3 is not None else []
+    down = [hex_or_none(step) for step in vm.steps_down(cr3 & 0x000FFFFFFFFFF000)] if cr3 is not None else []
     layout = block.fields.layout.id if isinstance(block.fields, Vmcs) and block.fields.layout is not None else None
     return {"address": f"{block.address:#x}", "page": f"{block.found.address:#x}", "layout": layout, "score": block.found.score, "mode": block.mode,
-            **{name: _hex(value) for name, value in block.registers.items()}, "cr3_down": down,
-            "shadow": _hex(block.shadow.address) if block.shadow is not None else None, "shadow_of": _hex(block.shadow_of),
+            **{name: hex_or_none(value) for name, value in block.registers.items()}, "cr3_down": down,
+            "shadow": hex_or_none(block.shadow.address) if block.shadow is not None else None, "shadow_of": hex_or_none(block.shadow_of),
             "ran_with": [f"{helper.found.address:#x}" for helper in block.ran_with],
-            "live_copy": _hex(block.copy.address) if block.copy is not None else None}
+            "live_copy": hex_or_none(block.copy.address) if block.copy is not None else None}
 
 
 def _page_data(page: Page) -> Dict[str, Any]:
     return {"address": f"{page.address:#x}", "page": f"{page.found.address:#x}", "what": page.what,
-            "live_copy": _hex(page.copy.address) if page.copy is not None else None}
-
-
-def _hex(number: Optional[int]) -> Optional[str]:
-    return None if number is None else f"{number:#x}"
+            "live_copy": hex_or_none(page.copy.address) if page.copy is not None else None}

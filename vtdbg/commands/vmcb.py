@@ -10,7 +10,7 @@ from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb
 from vtdbg.commands.session import Session
 from vtdbg.commands.vms import vmcb_vms
-from vtdbg.report import Group, Pairs, Report, Table, Value, hexa, text
+from vtdbg.report import Group, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.svm import fields as vmcb_fields
 from vtdbg.svm.gates import unused_because
 from vtdbg.svm.vmcb import FieldValue, Vmcb
@@ -72,7 +72,7 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
         for number, warning in enumerate(item.vmcb.warnings):
             facts.add(f"warning{number or ''}", "note", Value(warning, warning, "warn"))
         blocks = group_tables(shown_values(item.vmcb), vmcb_fields.GROUPS, used_only=used)
-        report.add(Group("vmcb", item.title, [facts, *blocks, *unparsed_block(item.text)], {"address": _hex(item.address)}))
+        report.add(Group("vmcb", item.title, [facts, *blocks, *unparsed_block(item.text)], {"address": hex_or_none(item.address)}))
     return report
 
 
@@ -91,12 +91,8 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
     report = _report("vmcb get", session, chosen, text)
     for item in chosen:
         table = values_table(_shown(item.vmcb, item.vmcb.value(row.offset)) for row in wanted)
-        report.add(Group("vmcb", item.title, [table], {"address": _hex(item.address)}))
+        report.add(Group("vmcb", item.title, [table], {"address": hex_or_none(item.address)}))
     return report
-
-
-def _hex(number: Optional[int]) -> Optional[str]:
-    return None if number is None else f"{number:#x}"
 
 
 def _report(command: str, session: Session, chosen: List[VmcbAt], text: Optional[str]) -> Report:

@@ -10,7 +10,7 @@ from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
 from vtdbg.commands.session import Session, find_layout
 from vtdbg.commands.vms import vmcs_vms
-from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.gates import gate_of
 from vtdbg.vmx.vmcs import FieldValue, Vmcs
@@ -132,7 +132,7 @@ def dump(
     for item in chosen:
         shown = [value for value in shown_values(item.vmcs) if group is None or value.group in GROUPS[group]]
         blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all, used), *unparsed_block(item.text)]
-        report.add(Group("vmcs", item.title, blocks, {"address": _hex(item.address)}))
+        report.add(Group("vmcs", item.title, blocks, {"address": hex_or_none(item.address)}))
     return report
 
 
@@ -153,7 +153,7 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
         # A field that this VMCS lacks is an error here, not a row: scripts rely on the exit status.
         values = [item.vmcs.value(row.encoding) for row in wanted]
         table = values_table(_shown(item.vmcs, value) for value in values)
-        report.add(Group("vmcs", item.title, [table], {"address": _hex(item.address)}))
+        report.add(Group("vmcs", item.title, [table], {"address": hex_or_none(item.address)}))
     return report
 
 
@@ -203,10 +203,6 @@ def _revisions(numbers: Sequence[int]) -> Value:
     """The revision ids in JSON, the first of them in text."""
     words = [f"{number:#x}" for number in numbers]
     return Value(words, (words[0] + (f" +{len(words) - 1}" if len(words) > 1 else "")) if words else "any")
-
-
-def _hex(number: Optional[int]) -> Optional[str]:
-    return None if number is None else f"{number:#x}"
 
 
 def _report(command: str, session: Session, chosen: List[VmcsAt], text: Optional[str]) -> Report:

@@ -16,6 +16,7 @@ from vtdbg.kvm_entries import NPT_MARKER, NPT_MARKER_MASK, describe_mmio
 from vtdbg.level_tables import LevelSpec, Right, RuleSpec, Tables, TableSet, compile_tables, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import (
+    OUTCOMES,
     Access,
     AccessLike,
     Descent,
@@ -155,7 +156,7 @@ class Npt:
         return self._judge(found, structure, wanted)
 
     def _judge(self, found: Descent, structure: str, access: Optional[Access]) -> Walk:
-        outcome = _OUTCOMES[found.end]
+        outcome = OUTCOMES[found.end]
         memory_type: Optional[str] = None
         if found.end == "leaf":
             memory_type = memory_type_of(found.last.table, found.last.entry or 0, self.pat)
@@ -200,7 +201,6 @@ class Npt:
         return bits.table("npf_info1").encode(**{ident: int(on) for ident, on in numbers.items()})
 
 
-_OUTCOMES = {"leaf": "mapped", "not-present": "violation", "misconfigured": "misconfiguration", "unreadable": "unreadable"}
 
 
 def _software(step: Step, gpa: int) -> str:

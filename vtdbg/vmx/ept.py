@@ -17,6 +17,7 @@ from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, describe_mmio
 from vtdbg.level_tables import MAXPHYADDR, LevelSpec, Right, RuleSpec, Tables, TableSet, compile_tables, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import (
+    OUTCOMES,
     Access,
     AccessLike,
     Descent,
@@ -220,7 +221,7 @@ class Ept:
         return self._judge(found, structure, wanted)
 
     def _judge(self, found: Descent, structure: str, access: Optional[Access]) -> Walk:
-        outcome = _OUTCOMES[found.end]
+        outcome = OUTCOMES[found.end]
         reason = "" if found.end == "leaf" else reason_of(found, lambda step: _software(step, found.address))
         memory_type: Optional[str] = None
         notes: Tuple[str, ...] = ()
@@ -303,7 +304,6 @@ class Ept:
 _FEATURES = (("execute-only", "EXECUTE_ONLY"), ("1g", "1GB_PAGES"), ("2m", "2MB_PAGES"))
 _CONTROLS = (("mbec", "sec", "MODE_BASED_EPT_EXEC"), ("spp", "sec", "SUB_PAGE_WRITE"),
              ("paging_write", "tert", "EPT_PAGING_WRITE_CONTROL"), ("verify_paging", "tert", "GUEST_PAGING_VERIFICATION"))
-_OUTCOMES = {"leaf": "mapped", "not-present": "violation", "misconfigured": "misconfiguration", "unreadable": "unreadable"}
 
 
 def _software(step: Step, gpa: int) -> str:
