@@ -17,16 +17,16 @@ from vtdbg.machine import Machine
 from vtdbg.memory.base import Range, merge_ranges
 from vtdbg.memory.chunks import Chunk, ChunkMemory
 from vtdbg.memory.compression import Decompress, best_snappy
+from vtdbg.memory.lime import RangeFormat, RangeHeaders
 from vtdbg.memory.source import ByteSource, count_text, size_text
 
 FORMAT = "avml"
 TITLE = "AVML, compressed"
 
 MAGIC = b"AVML"
-HEADER = struct.Struct("<4sIQQ8x")           # magic, version, first address, last address (inclusive)
+_AVML = RangeFormat("AVML", MAGIC, 2)
 _TRAILER = struct.Struct("<Q")
 FRAME = 1 << 16
-MAX_RANGES = 1 << 20
 
 _COMPRESSED, _PLAIN, _STREAM = 0x00, 0x01, 0xFF
 _CRC = 4
@@ -81,34 +81,20 @@ def recognise(header: bytes, path: str) -> bool:
 def read(source: ByteSource) -> Machine:
     frames = _Frames(array("Q"), array("Q"), array("Q"))
     warnings: List[str] = []
-    at, count = 0, 0
-    while at < source.size and not warnings:
-        if source.size - at < HEADER.size and count:
-            warnings.append(f"{source.size - at} bytes at the end of the file are no range header")
+    headers = RangeHeaders(source, _AVML, warnings)
+    for header in headers:
+        headers.next = _walk_frames(source, header.data, header.first, header.last + 1, frames, warnings)
+        if warnings:
             break
-        magic, version, first, last = source.unpack(HEADER, at, "an AVML range header")
-        if magic != MAGIC:
-            if not count:
-                raise source.error("not a compressed AVML file (no AVML at the beginning)", 0)
-            warnings.append(f"no range header at offset {at:#x}: the {size_text(source.size - at)} from there are left out")
-            break
-        if version != 2:
-            raise source.error(f"AVML version {version}: only version 2 is known", at + 4)
-        if last < first or last >= 1 << 52:
-            raise source.error(f"an AVML range from {first:#x} to {last:#x}: the header is damaged", at + 8)
-        count += 1
-        if count > MAX_RANGES:
-            raise source.error(f"more than {MAX_RANGES} AVML ranges: the file is damaged", at)
-        at = _walk_frames(source, at + HEADER.size, first, last + 1, frames, warnings)
     frames, dropped = _by_address(frames)
     if dropped:
         warnings.append(f"{count_text(dropped, 'frame')} that overlap an earlier range left out")
     total = sum(frames.sizes)
     if not total:
         raise source.error("an AVML file that ends before its first byte of memory; the copy is cut", 0)
-    details = {"file size": size_text(source.size), "ranges": str(count), "compression": "snappy"}
+    details = {"file size": size_text(source.size), "ranges": str(headers.count), "compression": "snappy"}
     return Machine(AvmlMemory(source, frames, best_snappy()), os.path.basename(source.path), FORMAT,
-                   f"AVML, {size_text(total)} in {count_text(count, 'range')}", [], details, warnings)
+                   f"AVML, {size_text(total)} in {count_text(headers.count, 'range')}", [], details, warnings)
 
 
 def _walk_frames(source: ByteSource, at: int, address: int, end: int, frames: _Frames, warnings: List[str]) -> int:

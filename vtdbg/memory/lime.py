@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import List
+from typing import Iterator, List, NamedTuple
 
 from vtdbg.machine import Machine
 from vtdbg.memory.runs import Run, RunMemory, settle_runs
@@ -18,8 +18,66 @@ FORMAT = "lime"
 TITLE = "LiME (and AVML without compression)"
 
 MAGIC = b"EMiL"
-HEADER = struct.Struct("<4sIQQ8x")           # magic, version, first address, last address
+HEADER = struct.Struct("<4sIQQ8x")           # magic, version, first address, last address (inclusive)
 MAX_RANGES = 1 << 20
+
+
+class RangeFormat(NamedTuple):
+    """What tells the formats apart that put this header before each range: LiME and AVML."""
+
+    name: str
+    magic: bytes
+    version: int
+
+
+class RangeHeader(NamedTuple):
+    """One header.  `data` is the file offset behind it; physical addresses `first` to `last`, inclusive."""
+
+    data: int
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        return self.last - self.first + 1
+
+
+_LIME = RangeFormat("LiME", MAGIC, 1)
+
+
+class RangeHeaders:
+    """The headers of a file, one after the other: the reader of the ranges says where the next one is.
+
+    A damaged first header is a FormatError; what follows good ranges and is no header is left out with a warning.
+    """
+
+    def __init__(self, source: ByteSource, form: RangeFormat, warnings: List[str]) -> None:
+        self._source, self._form, self._warnings = source, form, warnings
+        self.next, self.count = 0, 0
+
+    def __iter__(self) -> Iterator[RangeHeader]:
+        source, form = self._source, self._form
+        while self.next < source.size:
+            at = self.next
+            if source.size - at < HEADER.size and self.count:
+                self._warnings.append(f"{source.size - at} bytes at the end of the file are no range header")
+                return
+            magic, version, first, last = source.unpack(HEADER, at, f"{form.name}: a range header")
+            if magic != form.magic:
+                if not self.count:
+                    raise source.error(f"not {form.name}: no {form.magic.decode()} at the beginning", 0)
+                self._warnings.append(f"no range header at offset {at:#x}: the {size_text(source.size - at)} from there are left out")
+                return
+            if version != form.version:
+                raise source.error(f"{form.name} version {version}: only version {form.version} is known", at + 4)
+            if last < first or last >= 1 << 52:
+                raise source.error(f"{form.name}: a range from {first:#x} to {last:#x}; the header is damaged", at + 8)
+            self.count += 1
+            if self.count > MAX_RANGES:
+                raise source.error(f"more than {MAX_RANGES} {form.name} ranges: the file is damaged", at)
+            header = RangeHeader(at + HEADER.size, first, last)
+            self.next = header.data + header.size
+            yield header
 
 
 def recognise(header: bytes, path: str) -> bool:
@@ -29,30 +87,12 @@ def recognise(header: bytes, path: str) -> bool:
 def read(source: ByteSource) -> Machine:
     runs: List[Run] = []
     warnings: List[str] = []
-    at = 0
-    while at < source.size:
-        if source.size - at < HEADER.size and runs:
-            warnings.append(f"{source.size - at} bytes at the end of the file are no range header")
-            break
-        magic, version, first, last = source.unpack(HEADER, at, "a LiME range header")
-        if magic != MAGIC:
-            if not runs:
-                raise source.error("not a LiME file (no EMiL at the beginning)", 0)
-            warnings.append(f"no range header at offset {at:#x}: the {size_text(source.size - at)} from there are left out")
-            break
-        if version != 1:
-            raise source.error(f"LiME version {version}: only version 1 is known", at + 4)
-        if last < first or last >= 1 << 52:
-            raise source.error(f"a LiME range from {first:#x} to {last:#x}: the header is damaged", at + 8)
-        if len(runs) >= MAX_RANGES:
-            raise source.error(f"more than {MAX_RANGES} LiME ranges: the file is damaged", at)
-        length = last - first + 1
-        stored = min(length, source.size - at - HEADER.size)
-        if stored < length:
-            warnings.append(f"the file is cut: {size_text(length - stored)} of the range at {first:#x} are missing; reads of them fail")
+    for header in RangeHeaders(source, _LIME, warnings):
+        stored = min(header.size, source.size - header.data)
+        if stored < header.size:
+            warnings.append(f"the file is cut: {size_text(header.size - stored)} of the range at {header.first:#x} are missing; reads of them fail")
         if stored:
-            runs.append((first, stored, at + HEADER.size))
-        at += HEADER.size + length
+            runs.append((header.first, stored, header.data))
     if not runs:
         raise source.error("a LiME file that ends before its first byte of memory; the copy is cut", 0)
     settled, twice = settle_runs(runs)
