@@ -214,20 +214,18 @@ def _eptp_walk_length(state: State) -> Optional[str]:
     return f"EPT_POINTER {value:#x}: the processor does not support a page-walk length of {length} (bits 5:3 are {length - 1})"
 
 
-@book.rule("controls.eptp.ad", "E24", "EPTP[6] is 0 unless the processor has accessed and dirty flags for EPT", "EPT_POINTER", when=EPT)
-def _eptp_ad(state: State) -> Optional[str]:
-    value = state["EPT_POINTER"]
-    if value & 1 << 6 and not state.capability("ept_vpid_cap", EPT_VPID_CAP, "AD"):
-        return f"EPT_POINTER {value:#x}: bit 6 enables accessed and dirty flags, which the processor does not support"
-    return None
+def eptp_feature(id: str, row: str, bit: int, feature: str, says: str, enables: str) -> None:
+    """An EPTP bit that must be 0 unless IA32_VMX_EPT_VPID_CAP has `feature`."""
+    def check(state: State) -> Optional[str]:
+        value = state["EPT_POINTER"]
+        if value & 1 << bit and not state.capability("ept_vpid_cap", EPT_VPID_CAP, feature):
+            return f"EPT_POINTER {value:#x}: bit {bit} enables {enables}, which the processor does not support"
+        return None
+    book.add(id, row, f"EPTP[{bit}] is 0 unless the processor {says}", ("EPT_POINTER",), check, when=EPT)
 
 
-@book.rule("controls.eptp.sss", "E25", "EPTP[7] is 0 unless the processor enforces supervisor shadow-stack pages in EPT", "EPT_POINTER", when=EPT)
-def _eptp_sss(state: State) -> Optional[str]:
-    value = state["EPT_POINTER"]
-    if value & 1 << 7 and not state.capability("ept_vpid_cap", EPT_VPID_CAP, "SSS"):
-        return f"EPT_POINTER {value:#x}: bit 7 enables supervisor shadow-stack control, which the processor does not support"
-    return None
+eptp_feature("controls.eptp.ad", "E24", 6, "AD", "has accessed and dirty flags for EPT", "accessed and dirty flags")
+eptp_feature("controls.eptp.sss", "E25", 7, "SSS", "enforces supervisor shadow-stack pages in EPT", "supervisor shadow-stack control")
 
 
 @book.rule("controls.eptp.reserved", "E26", "EPTP[11:8] and the bits beyond the physical-address width are 0", "EPT_POINTER", when=EPT)
