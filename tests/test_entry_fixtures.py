@@ -16,7 +16,9 @@ from support.vmxcpu.places import VMCS
 from vtdbg.findings import Finding
 from vtdbg.memory.open import open_machine
 from vtdbg.vmx.capabilities import VmxCapabilities
-from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
+from vtdbg.vmx.entry import check_vm_entry, msr_load, predict_vm_entry
+from vtdbg.vmx.entry.predict import rule
+from vtdbg.vmx.entry.recorded import recorded_error, recorded_failure
 from vtdbg.vmx.vmcs import Vmcs
 
 VMCS_A, VMCS_B = 0x6826000, 0x6BD9000
@@ -128,3 +130,39 @@ def test_shadow_vmcs_is_not_entered(intel_nested: Path, intel_nested_truth: Dict
     with open_machine(intel_nested).memory as memory:
         vmcs = Vmcs.from_page(memory.read_page(address))
         assert predict_vm_entry(vmcs, capabilities(intel_nested_truth), memory, vmcs_address=address) == ("VMfailInvalid",)
+
+
+def test_failed_entry_narrows_down_what_is_undecided(intel_plain: Path) -> None:
+    """Exit reason 33 is written after controls and host state have passed (SDM vol. 3, VM-Entry Failures During or After Loading Guest
+    State): without the capability MSRs the undecided checks that the whole page shows to pass are those that are set apart."""
+    with open_machine(intel_plain).memory as memory:
+        vmcs = Vmcs.from_page(memory.read_page(VMCS_B))
+    recorded = recorded_failure(vmcs)
+    assert recorded is not None and (recorded.reason, recorded.qualification) == (33, 0)
+    undecided = [finding for finding in check_vm_entry(vmcs) if finding.undecided]
+    passed = {finding.id for finding in undecided if recorded.passed(rule(finding.id).outcome)}
+    left = {finding.id for finding in undecided} - passed
+    assert {"controls.pin.allowed", "host.cr0", "host.cr4"} <= passed
+    assert {"guest.cr0", "guest.cr4"} <= left and all(rule(one).area == "guest" for one in left)
+
+
+@pytest.mark.parametrize("reason", [0x0C, 0x21, 0x80000029])
+def test_other_exits_say_nothing_of_a_failed_entry(reason: int) -> None:
+    """Without bit 31 the reason is of an exit from a guest that ran; a machine check (41) can come at any point of the entry."""
+    assert recorded_failure(Vmcs.from_values({"VM_EXIT_REASON": reason})) is None
+    assert recorded_failure(Vmcs.from_values({})) is None
+
+
+def test_msr_loading_comes_last() -> None:
+    """Exit reason 34 is written when guest state has passed and an MSR of the list was refused (SDM vol. 3, Loading MSRs)."""
+    recorded = recorded_failure(Vmcs.from_values({"VM_EXIT_REASON": 0x80000022}))
+    assert recorded is not None and recorded.qualification is None
+    assert recorded.passed(rule("guest.cr0").outcome) and recorded.passed(rule("host.cr0").outcome)
+    assert not any(recorded.passed(one.outcome) for one in msr_load.RULES)
+
+
+def test_vm_instruction_error_of_an_entry_is_told() -> None:
+    """Only the errors of VMLAUNCH and VMRESUME; the number outlives the instruction that wrote it."""
+    assert (recorded_error(Vmcs.from_values({"VM_INSTRUCTION_ERROR": 7})) or "").startswith("7 (")
+    assert recorded_error(Vmcs.from_values({"VM_INSTRUCTION_ERROR": 12})) is None
+    assert recorded_error(Vmcs.from_values({})) is None

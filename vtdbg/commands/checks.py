@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
@@ -12,12 +12,17 @@ from vtdbg.findings import Finding
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Pairs, Report, Table, Value, hex_or_none, text
 
+if TYPE_CHECKING:
+    from vtdbg.vmx.entry.recorded import RecordedFailure
+    from vtdbg.vmx.vmcs import Vmcs
+
 OPTIONS = (
     Opt("--text", "path", "take it from a log; - is the standard input", metavar="FILE"),
     Opt("--index", "int", "which dump of the text, from 0"),
     Opt("--all", "flag", "list the checks that pass too"),
     Opt("--lint", "flag", "also mistakes that enter and break later"),
 )
+PASSED_THEN = "here but passed at the entry that failed, if what they read was not written since"
 COLUMNS = (
     ("id", "check"),
     ("message", "what"),
@@ -59,6 +64,7 @@ def check_vmcs(
     the input named; --caps or --rdmsr gives the capability MSRs that many need.
     """
     from vtdbg.vmx.entry import check_vm_entry, predict_vm_entry
+    from vtdbg.vmx.entry.recorded import recorded_failure
 
     chosen = chosen_vmcs(session, address, text, index)
     memory = session.machine.memory if text is None else None
@@ -81,7 +87,7 @@ def check_vmcs(
         group = Group(
             "vmcs",
             item.title,
-            _blocks(findings, _outcome_words(outcome), all),
+            _blocks(findings, _outcome_words(outcome), all, _recorded(item.vmcs, outcome), recorded_failure(item.vmcs)),
             {"address": hex_or_none(item.address), "outcome": _outcome_data(outcome)},
         )
         group.blocks += unparsed_block(item.text)
@@ -129,10 +135,16 @@ def _status(report: Report, findings: Sequence[Finding]) -> None:
         report.status = FINDINGS
 
 
-def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool) -> List[Block]:
-    """Failures in processor order, lints, undecided, then the passes: counted, or listed."""
+def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool, recorded: Optional[Value] = None,
+            failure: "Optional[RecordedFailure]" = None) -> List[Block]:
+    """Failures in processor order, lints, undecided, then the passes: counted, or listed.
+
+    `failure`: a failed entry that the VMCS records; undecided checks that passed then are set apart from those that can explain it.
+    """
     facts = Pairs("result")
     facts.add("outcome", "the processor", outcome)
+    if recorded is not None:
+        facts.add("recorded", "it recorded", recorded)
     blocks: List[Block] = [facts]
     failed = [finding for finding in findings if finding.failed and finding.severity == "fail"]
     lints = [finding for finding in findings if finding.failed and finding.severity != "fail"]
@@ -144,8 +156,19 @@ def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool) -> List
     ):
         if rows:
             blocks.append(_failures(key, title, rows, style))
+    before: List[Finding] = []
+    if failure is not None:
+        from vtdbg.vmx.entry.predict import rule
+
+        before = [finding for finding in undecided if finding.severity == "fail" and failure.passed(rule(finding.id).outcome)]
+        undecided = [finding for finding in undecided if finding not in before]
     if undecided:
-        blocks.append(_undecided(undecided, show_all))
+        blocks.append(_undecided("undecided", f"{_checks_are(len(undecided))} undecided for want of input", undecided, show_all))
+    if before and show_all:
+        blocks.append(_undecided("passed_then", f"{_checks_are(len(before))} undecided {PASSED_THEN}", before, show_all))
+    elif before:
+        words = f"{_checks_are(len(before))} undecided {PASSED_THEN} (--all lists them)."
+        blocks.append(Lines("passed_then", [Value([finding.id for finding in before], words, "dim")]))
     if show_all:
         blocks.append(_plain("passes", f"{len(passed)} checks pass", passed, "good"))
     else:
@@ -182,11 +205,14 @@ def _plain(key: str, title: str, rows: Sequence[Finding], style: str) -> Table:
     return table
 
 
-def _undecided(rows: Sequence[Finding], show_all: bool) -> Block:
+def _checks_are(number: int) -> str:
+    return f"{number} check{'s are' if number > 1 else ' is'}"
+
+
+def _undecided(key: str, title: str, rows: Sequence[Finding], show_all: bool) -> Block:
     """Undecided checks, together where they lack the same input: the reader wants to know what to give."""
-    title = f"{len(rows)} check{'s are' if len(rows) > 1 else ' is'} undecided for want of input"
     if show_all:
-        return _plain("undecided", title, rows, "warn")
+        return _plain(key, title, rows, "warn")
     by_input: Dict[Tuple[str, ...], List[Finding]] = {}
     for finding in rows:
         by_input.setdefault(finding.missing, []).append(finding)
@@ -194,7 +220,22 @@ def _undecided(rows: Sequence[Finding], show_all: bool) -> Block:
     for missing, findings in sorted(by_input.items(), key=lambda entry: -len(entry[1])):
         names = [finding.id for finding in findings]
         lines.append(Value({"missing": list(missing), "checks": names}, f"without {', '.join(missing)}: {', '.join(names)}"))
-    return Lines("undecided", lines, title=title, bullet="- ")
+    return Lines(key, lines, title=title, bullet="- ")
+
+
+def _recorded(vmcs: "Vmcs", outcome: Any) -> Optional[Value]:
+    """What the VMCS records of a failed entry, beside what was found; None where it records none."""
+    from vtdbg.vmx.entry.recorded import recorded_error, recorded_failure
+
+    failure = recorded_failure(vmcs)
+    if failure is None:
+        error = recorded_error(vmcs)
+        return None if error is None else Value(error, f"VM-instruction error {error}, of the last VMfail, whenever that was", "warn")
+    seen = ("entry-failure", failure.reason, failure.qualification)
+    words = _outcome_words(seen).text + ", as of the last exit"
+    if outcome == "enters" or (outcome[0] != "undecided" and outcome[:2] != seen[:2]):
+        return Value(_outcome_data(seen), f"{words}: not what these fields give; some were written since, or the checks miss something", "warn")
+    return Value(_outcome_data(seen), words)
 
 
 def _outcome_words(outcome: Any) -> Value:

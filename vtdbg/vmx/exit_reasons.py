@@ -10,6 +10,9 @@ from vtdbg import bits
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
 
+ENTRY_FAILURE = 1 << 31
+"""Set in the exit reason of a VM entry that failed (SDM vol. 3, Basic VM-Exit Information)."""
+
 
 @dataclass(frozen=True)
 class ExitReason:

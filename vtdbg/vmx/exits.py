@@ -13,7 +13,7 @@ from vtdbg.explain import Advice, Explanation, Fact, bit_facts, unique
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.vmx import advice, causes, events, guest_code, inputs, instruction_info, nested_walk, operands, qualification
 from vtdbg.vmx.events import Event
-from vtdbg.vmx.exit_reasons import ExitReason, NumberedError, aborts, find, instruction_errors, reason_word, reasons
+from vtdbg.vmx.exit_reasons import ENTRY_FAILURE, ExitReason, NumberedError, aborts, find, instruction_errors, reason_word, reasons
 from vtdbg.vmx.guest import Guest
 from vtdbg.vmx.guest_code import Code
 from vtdbg.vmx.instruction_info import InstructionInfo
@@ -24,7 +24,6 @@ __all__ = ["ExitReason", "NumberedError", "aborts", "explain_abort", "explain_in
            "instruction_errors", "reasons"]
 
 LAST_REASON = 85
-ENTRY_FAILURE = 1 << 31
 ENTRY_FAILURES = (33, 34, 41)
 SMM_EXITS = (5, 6, 18)
 """Reasons of SMM VM exits, the only ones from VMX root operation (SDM vol. 3, SMM VM Exits)."""

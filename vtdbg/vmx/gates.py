@@ -13,10 +13,9 @@ from typing import Callable, Dict, Mapping, Match, Optional, Sequence, Tuple
 from vtdbg import bits
 from vtdbg.record import USED, Gate
 from vtdbg.vmx.controls import control, control_name
+from vtdbg.vmx.exit_reasons import ENTRY_FAILURE
 from vtdbg.vmx.fields import VmcsField
 from vtdbg.vmx.vmcs import Vmcs
-
-ENTRY_FAILURE = 1 << 31
 
 
 def gate_of(vmcs: Vmcs, field: VmcsField) -> Gate:
