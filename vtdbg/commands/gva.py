@@ -20,6 +20,9 @@ from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.walk import Structure, Walk, parse_access
 from vtdbg.x86.paging import Paging
 
+PHYSICAL = "phys {}"
+"""What a click on an address of this memory runs."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -65,7 +68,7 @@ def walk(
     report = Report("gva walk", header=session.header(), notes=[*session.machine.warnings, *stale], python=session.python_open())
     for view in views:
         found = translate(session.machine.memory, gva, paging=view.paging, nested=view.nested, access=access, caps=session.caps)
-        report.add(_group(found, f"GVA {gva:#x}{access_text(access)}: {view.title}"))
+        report.add(_group(found, f"GVA {gva:#x}{access_text(access)}: {view.title}", _next_walk(view.nested)))
         if not found.mapped:
             report.status = FINDINGS
         report.python.append(f"walk = vtdbg.translate(machine, {gva:#x}, {view.python}, access={access!r})")
@@ -160,12 +163,18 @@ def _python(paging: Paging, nested: Optional[Structure]) -> str:
     return ", ".join(words)
 
 
-def _group(found: Translation, title: str) -> Group:
+def _next_walk(nested: Optional[Structure]) -> str:
+    """What a click on an address of the guest's own tables runs: the walk of the nested tables, where there are any."""
+    eptp, ncr3 = getattr(nested, "eptp", None), getattr(nested, "ncr3", None)
+    return f"ept walk {{}} --eptp {eptp:#x}" if eptp is not None else f"npt walk {{}} --ncr3 {ncr3:#x}" if ncr3 is not None else PHYSICAL
+
+
+def _group(found: Translation, title: str, linked: str) -> Group:
     group = Group("walk", title, [], {"gva": f"{found.gva:#x}", "outcome": found.outcome})
     for step in found.guest.steps:
         if step.nested is not None:
             group.add(_dimension(step.nested, f"{step.nested.structure}: to the guest's {step.name}, GPA {step.nested.address:#x}", "nested"))
-        table = steps_table([step])
+        table = steps_table([step], linked)
         table.title = f"guest {found.guest.structure}, level {step.level}"
         table.headings = False
         group.add(Group("guest", "", [table]))
@@ -178,9 +187,9 @@ def _group(found: Translation, title: str) -> Group:
         Value(found.outcome, "mapped" if found.mapped else f"{found.outcome} ({found.dimension} tables): {found.reason}", MARK[found.outcome]),
     )
     if found.gpa is not None and found.final is not None:
-        facts.add("gpa", "guest-physical", hexa(found.gpa, 9, link=f"ept walk {found.gpa:#x}"))
+        facts.add("gpa", "guest-physical", hexa(found.gpa, 9, link=linked.format(f"{found.gpa:#x}")))
     if found.hpa is not None:
-        facts.add("hpa", "host-physical" if found.final is not None else "physical", hexa(found.hpa, 9, "strong", f"phys {found.hpa:#x}"))
+        facts.add("hpa", "host-physical" if found.final is not None else "physical", hexa(found.hpa, 9, "strong", PHYSICAL.format(f"{found.hpa:#x}")))
     if found.page_size is not None:
         facts.add("page_size", "page size", Value(found.page_size, f"{size_text(found.page_size)} contiguous"))
         facts.add("permissions", "permissions", str(found.permissions))
@@ -204,7 +213,7 @@ def _said_once(found: Translation) -> Walk:
 
 
 def _dimension(walk: Walk, title: str, key: str) -> Group:
-    table = steps_table(walk.steps)
+    table = steps_table(walk.steps, PHYSICAL)
     table.headings = False
     where = f" = HPA {walk.hpa:#x}" if walk.hpa is not None else ""
     return Group(key, title + where, [table], {"gpa": f"{walk.address:#x}", "outcome": walk.outcome})

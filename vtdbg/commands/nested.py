@@ -146,7 +146,7 @@ def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int,
     report.python = session.python_open()
     for root in roots:
         walk = root.tables.walk(session.machine.memory, gpa, access)
-        report.add(walk_group(walk, title_of(root, f"GPA {gpa:#x}{access_text(access)}"), "phys"))
+        report.add(walk_group(walk, title_of(root, f"GPA {gpa:#x}{access_text(access)}"), "phys {}"))
         if not walk.mapped:
             report.status = FINDINGS
         report.python.append(f"walk = vtdbg.{kind}_walk(machine.memory, {root.python}, {gpa:#x}, access={access!r})")

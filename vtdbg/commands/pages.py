@@ -43,7 +43,7 @@ def _page_report(command: str, session: Session, vmcs: Optional[int], at: Option
             )
             group.add(Lines("why", [Value(words, words, "dim")]))
             continue
-        group.add(Pairs("page", [("address", "at", hexa(address, 9))]))
+        group.add(Pairs("page", [("address", "at", hexa(address, 9, link=f"phys {address:#x}"))]))
         group.blocks += make(session, item, address)
         if any(isinstance(block, Lines) and block.key == "problems" for block in group.blocks):
             report.status = FINDINGS
@@ -141,8 +141,12 @@ def eptplist(session: Session, vmcs: Optional[int], at: Optional[int], all: bool
         for entry in structures.decode_eptp_list(session.machine.memory.read_page(address), session.caps):
             if entry.eptp or all:
                 words = "; ".join(entry.problems) if entry.problems else bits.describe("eptp", entry.eptp)
+                link = f"ept dump --eptp {entry.eptp:#x}" if entry.valid else ""
                 table.add(
-                    str(entry.index), hexa(entry.eptp, 16), Value(words, words, "bad" if entry.problems else ""), Value(list(entry.problems), "")
+                    str(entry.index),
+                    hexa(entry.eptp, 16, link=link),
+                    Value(words, words, "bad" if entry.problems else ""),
+                    Value(list(entry.problems), ""),
                 )
         return [table]
 
@@ -233,7 +237,7 @@ def msrs(session: Session, vmcs: Optional[int], at: Optional[int], count: Option
 
 
 def _area(found: msr_areas.MsrArea) -> List[Block]:
-    facts = Pairs("area", [("address", "at", hexa(found.address, 9)), ("count", "entries", str(found.count))])
+    facts = Pairs("area", [("address", "at", hexa(found.address, 9, link=f"phys {found.address:#x}")), ("count", "entries", str(found.count))])
     table = Table(
         "entries",
         (("number", "entry"), ("index", "MSR"), ("name", "name"), ("value", "value"), ("problems", "problems")),

@@ -27,6 +27,8 @@ class Shown(NamedTuple):
     note: str = ""
     doubtful: bool = False
     """Whether it counts depends on what is not known here (SMM, SEAM, FRED, a VMfail): not worth a line while it is 0."""
+    link: str = ""
+    """The command that a click on the value runs."""
 
 
 COLUMNS = (("name", "field"), ("value", "value"), ("meaning", "meaning"), ("source", ""), ("title", ""), ("used", ""))
@@ -62,11 +64,11 @@ WIDEST = 34
 
 def _number(row: Shown, style: str) -> Value:
     """The value in full width; arrays of bytes (up to 32) without leading zeros and cut, so that the table stays readable.  JSON has them whole."""
-    whole = hexa(row.value, row.digits, style)
+    whole = hexa(row.value, row.digits, style, row.link)
     if row.digits <= 16:
         return whole
     words = f"{row.value:#x}"
-    return Value(whole.data, words if len(words) <= WIDEST else words[:WIDEST - 3] + "...", style)
+    return Value(whole.data, words if len(words) <= WIDEST else words[:WIDEST - 3] + "...", style, row.link)
 
 
 def _row(row: Shown) -> List[Any]:

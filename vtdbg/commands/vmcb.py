@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Iterator, List, Optional
 
+from vtdbg.commands.field_links import Link, no_link, vmcb_links
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.scanning import scanned_blocks
@@ -71,7 +72,7 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
             facts.add("evidence", "evidence", item.found.summary)
         for number, warning in enumerate(item.vmcb.warnings):
             facts.add(f"warning{number or ''}", "note", Value(warning, warning, "warn"))
-        blocks = group_tables(shown_values(item.vmcb), vmcb_fields.GROUPS, used_only=used)
+        blocks = group_tables(shown_values(item.vmcb, _links(item)), vmcb_fields.GROUPS, used_only=used)
         report.add(Group("vmcb", item.title, [facts, *blocks, *unparsed_block(item.text)], {"address": hex_or_none(item.address)}))
     return report
 
@@ -90,7 +91,8 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
     chosen = chosen_vmcb(session, at, text, index)
     report = _report("vmcb get", session, chosen, text)
     for item in chosen:
-        table = values_table(_shown(item.vmcb, item.vmcb.value(row.offset)) for row in wanted)
+        link = _links(item)
+        table = values_table(_shown(item.vmcb, item.vmcb.value(row.offset), link) for row in wanted)
         report.add(Group("vmcb", item.title, [table], {"address": hex_or_none(item.address)}))
     return report
 
@@ -110,13 +112,19 @@ def _report(command: str, session: Session, chosen: List[VmcbAt], text: Optional
     return report
 
 
-def shown_values(vmcb: Vmcb) -> Iterator[Shown]:
+def _links(item: VmcbAt) -> Link:
+    """Addresses out of a log are not of this memory."""
+    return no_link if item.address is None else vmcb_links(item.vmcb, item.address)
+
+
+def shown_values(vmcb: Vmcb, link: Link = no_link) -> Iterator[Shown]:
     """Every value of the VMCB in words, with what its controls say of it."""
-    return (_shown(vmcb, value) for value in vmcb.values())
+    return (_shown(vmcb, value, link) for value in vmcb.values())
 
 
-def _shown(vmcb: Vmcb, value: FieldValue) -> Shown:
+def _shown(vmcb: Vmcb, value: FieldValue, link: Link = no_link) -> Shown:
     field = value.field
+    why = unused_because(vmcb, field) or ""
     return Shown(
         field.name,
         field.title,
@@ -125,5 +133,6 @@ def _shown(vmcb: Vmcb, value: FieldValue) -> Shown:
         field.digits,
         value_in_words(field, value.value),
         value.source,
-        why=unused_because(vmcb, field) or "",
+        why=why,
+        link="" if why else link(field.name, field.group, value.value),
     )

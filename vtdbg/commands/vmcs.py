@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Iterator, List, Optional, Sequence
 
+from vtdbg.commands.field_links import Link, no_link, vmcs_links
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.scanning import scanned_blocks
@@ -130,7 +131,8 @@ def dump(
         chosen = chosen_vmcs(session, address, text, index)
         report = _report("vmcs dump", session, chosen, text)
     for item in chosen:
-        shown = [value for value in shown_values(item.vmcs) if group is None or value.group in GROUPS[group]]
+        link = vmcs_links(item.vmcs, address) if vmread else _links(item)
+        shown = [value for value in shown_values(item.vmcs, link) if group is None or value.group in GROUPS[group]]
         blocks = [_head(item), *group_tables(shown, vmcs_fields.GROUPS, all, used), *unparsed_block(item.text)]
         report.add(Group("vmcs", item.title, blocks, {"address": hex_or_none(item.address)}))
     return report
@@ -152,7 +154,8 @@ def get(session: Session, field: List[str], at: Optional[int], text: Optional[st
     for item in chosen:
         # A field that this VMCS lacks is an error here, not a row: scripts rely on the exit status.
         values = [item.vmcs.value(row.encoding) for row in wanted]
-        table = values_table(_shown(item.vmcs, value) for value in values)
+        link = _links(item)
+        table = values_table(_shown(item.vmcs, value, link) for value in values)
         report.add(Group("vmcs", item.title, [table], {"address": hex_or_none(item.address)}))
     return report
 
@@ -244,12 +247,17 @@ def _head(item: VmcsAt) -> Pairs:
     return facts
 
 
-def shown_values(vmcs: Vmcs) -> Iterator[Shown]:
+def _links(item: VmcsAt) -> Link:
+    """Addresses out of a log, or of a nested hypervisor's VMCS, are not of this memory."""
+    return no_link if item.address is None or item.nested else vmcs_links(item.vmcs, item.address)
+
+
+def shown_values(vmcs: Vmcs, link: Link = no_link) -> Iterator[Shown]:
     """Every known value of the VMCS, in words, with what the gates say of it."""
-    return (_shown(vmcs, value) for value in vmcs.values())
+    return (_shown(vmcs, value, link) for value in vmcs.values())
 
 
-def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
+def _shown(vmcs: Vmcs, value: FieldValue, link: Link = no_link) -> Shown:
     field, gate = value.field, gate_of(vmcs, value.field)
     doubtful = gate.used is None and value.value == 0
     unused = gate.used is False or doubtful
@@ -264,5 +272,6 @@ def _shown(vmcs: Vmcs, value: FieldValue) -> Shown:
         why=gate.why if unused else "",
         note="" if unused else gate.why,
         doubtful=doubtful,
+        link="" if unused else link(field.name, field.group, value.value),
     )
 

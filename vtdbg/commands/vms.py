@@ -13,6 +13,7 @@ from vtdbg.x86.mode import mode_name
 
 _COLUMNS = (("host", "host RIP"), ("pointer", "EPTP"), ("tags", "VPID"), ("processors", "vCPUs"), ("mode", "mode"), ("blocks", "VMCS"))
 _SVM_COLUMNS = (("host", "IOPM"), ("pointer", "nCR3"), ("tags", "ASID"), ("processors", "vCPUs"), ("mode", "mode"), ("blocks", "VMCB"))
+_VMCS_LINKS, _VMCB_LINKS = ("ept dump --eptp", "vmcs dump"), ("npt dump --ncr3", "vmcb dump")
 _EPT, _VPID, _IA32E = 1 << 1, 1 << 5, 1 << 9
 _SECONDARY = 1 << 31
 """Secondary controls EPT and VPID, entry control "IA-32e mode guest", primary control "activate secondary controls"."""
@@ -36,7 +37,7 @@ def vmcs_vms(found: Sequence[Found]) -> Table:
     table = Table("vms", _COLUMNS, title="VMs: VMCSs with the same EPT" if vms else "", wrap="blocks")
     for key, members in vms.items():
         tags = [member.get("VIRTUAL_PROCESSOR_ID") for member in members if _secondary(member) & _VPID]
-        _row(table, key, [tag for tag in tags if tag is not None], [_vmcs_mode(member) for member in members], where[key])
+        _row(table, key, [tag for tag in tags if tag is not None], [_vmcs_mode(member) for member in members], where[key], _VMCS_LINKS)
     return table
 
 
@@ -53,17 +54,19 @@ def vmcb_vms(blocks: Sequence[Tuple[int, Vmcb]]) -> Table:
     table = Table("vms", _SVM_COLUMNS, title="VMs: VMCBs with the same nested tables" if vms else "", wrap="blocks")
     for key, members in vms.items():
         tags = [member.get("asid") for member in members]
-        _row(table, key, [tag for tag in tags if tag is not None], [_vmcb_mode(member) for member in members], where[key])
+        _row(table, key, [tag for tag in tags if tag is not None], [_vmcb_mode(member) for member in members], where[key], _VMCB_LINKS)
     return table
 
 
-def _row(table: Table, key: Tuple[int, int, int], tags: Sequence[int], modes: Sequence[str], where: Sequence[int]) -> None:
-    pointer = Value(None, "none", "dim") if key[1] < 0 else hexa(key[1])
+def _row(table: Table, key: Tuple[int, int, int], tags: Sequence[int], modes: Sequence[str], where: Sequence[int], links: Tuple[str, str]) -> None:
+    pointer = Value(None, "none", "dim") if key[1] < 0 else hexa(key[1], link=f"{links[0]} {key[1]:#x}")
     numbers = [f"{tag:#x}" for tag in dict.fromkeys(tags)]
     kinds = list(dict.fromkeys(modes))
     addresses = [f"{address:#x}" for address in where]
+    # One cell, one link.
+    link = f"{links[1]} {addresses[0]}" if len(addresses) == 1 else ""
     table.add(hexa(None if key[0] < 0 else key[0]), pointer, Value(numbers, ", ".join(numbers[:3]) + (" ..." if len(numbers) > 3 else "")),
-              Value(len(where), str(len(where))), Value(kinds, ", ".join(kinds)), Value(addresses, " ".join(addresses)))
+              Value(len(where), str(len(where))), Value(kinds, ", ".join(kinds)), Value(addresses, " ".join(addresses), link=link))
 
 
 def _secondary(vmcs: Vmcs) -> int:

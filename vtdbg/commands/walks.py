@@ -21,7 +21,7 @@ MARK = {"mapped": "good", "violation": "bad", "misconfiguration": "bad", "unread
 
 
 def walk_group(walk: Walk, title: str, linked: str = "") -> Group:
-    """The walk under its title.  `linked` is the command that a click on the resulting address runs ("phys")."""
+    """The walk under its title.  `linked` is what a click on an address runs, with {} for the address ("phys {}")."""
     data = {"structure": walk.structure, "root": f"{walk.root:#x}", "address": f"{walk.address:#x}", "outcome": walk.outcome}
     group = Group("walk", title, [steps_table(walk.steps, linked)], data)
     group.add(result(walk, linked))
@@ -30,22 +30,26 @@ def walk_group(walk: Walk, title: str, linked: str = "") -> Group:
 
 
 def steps_table(steps: Sequence[Step], linked: str = "") -> Table:
-    """One row an entry, in the order in which the processor reads them; `linked` as in `walk_group`, for the entries' own addresses."""
+    """One row an entry, in the order in which the processor reads them; `linked` as in `walk_group`, for where an entry lies and where it leads."""
     table = Table("steps", COLUMNS, wrap="flags", empty="no entry was read")
     for step in steps:
         style = "bad" if step.broken else "" if step.present else "dim"
-        link = f"{linked} {step.address:#x}" if linked and step.address is not None else ""
-        place = hexa(step.address, 9, link=link) if step.address is not None else text(step.place)
+        place = hexa(step.address, 9, link=_link(linked, step.address)) if step.address is not None else text(step.place)
+        leads = step.entry & step.table["ADDRESS"].mask if step.entry is not None and step.present and not step.broken else None
         table.add(
             f"{step.level} {step.name}",
             place,
-            hexa(step.entry, 16, style),
+            hexa(step.entry, 16, style, _link(linked, leads)),
             text(str(step.permissions)),
             Value(step.describe(), step.describe(), style),
             step.dimension,
             step.place,
         )
     return table
+
+
+def _link(linked: str, address: Optional[int]) -> str:
+    return linked.format(f"{address:#x}") if linked and address is not None else ""
 
 
 def result(walk: Walk, linked: str = "") -> Pairs:
@@ -55,7 +59,7 @@ def result(walk: Walk, linked: str = "") -> Pairs:
     if walk.maps_to is not None:
         what = "address" if walk.mapped else "would be"
         facts.add(
-            "hpa", what, hexa(walk.maps_to, 9, "strong" if walk.mapped else "dim", f"{linked} {walk.maps_to:#x}" if linked and walk.mapped else "")
+            "hpa", what, hexa(walk.maps_to, 9, "strong" if walk.mapped else "dim", _link(linked, walk.hpa))
         )
     if walk.page_size is not None:
         facts.add("page_size", "page size", Value(walk.page_size, size_text(walk.page_size)))

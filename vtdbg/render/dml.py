@@ -34,11 +34,11 @@ def escape(words: str) -> str:
 
 
 class DmlRenderer(TextRenderer):
-    """Text whose styled cells are coloured and whose linked cells run `prefix` and the link when they are clicked."""
+    """Text whose styled cells are coloured and whose linked cells run `prefix`, the link and `suffix` when they are clicked."""
 
-    def __init__(self, width: int = DEFAULT_WIDTH, prefix: str = DEFAULT_PREFIX) -> None:
+    def __init__(self, width: int = DEFAULT_WIDTH, prefix: str = DEFAULT_PREFIX, suffix: str = "") -> None:
         super().__init__(width)
-        self._prefix = prefix
+        self._prefix, self._suffix = prefix, suffix
         self._tags: Dict[Tuple[str, str], int] = {}
         self._by_number: List[Tuple[str, str]] = []
 
@@ -63,14 +63,14 @@ class DmlRenderer(TextRenderer):
     def _tagged(self, words: str, style: str, link: str) -> str:
         inner = escape(words)
         if link:
-            command = escape(f"{self._prefix} {link}")
+            command = escape(f"{self._prefix} {link} {self._suffix}".rstrip())
             inner = f'<exec cmd="{command}">{inner}</exec>'
         return _OPEN.get(style, "") + inner + _CLOSE.get(style, "")
 
 
-def render_dml(report: Report, width: int = DEFAULT_WIDTH, prefix: str = DEFAULT_PREFIX) -> str:
-    """The report as DML; what it shows is what `render_text` of the same width prints."""
-    return DmlRenderer(width, prefix).render(report)
+def render_dml(report: Report, width: int = DEFAULT_WIDTH, prefix: str = DEFAULT_PREFIX, suffix: str = "") -> str:
+    """The report as DML; what it shows is what `render_text` of the same width prints.  A click runs `prefix`, a command and `suffix`."""
+    return DmlRenderer(width, prefix, suffix).render(report)
 
 
 def ascii_only(words: str) -> str:

@@ -17,12 +17,18 @@ class CodeReader(Protocol):
     def read(self, address: int, size: int) -> bytes: ...
 
 
+def linear_address(guest: CodeReader, rip: int, mode: int) -> Optional[int]:
+    """The linear address of CS:`rip` in 16-, 32- or 64-bit mode; None where the base of CS is not known."""
+    # In 64-bit mode the base of CS is taken as 0 (SDM vol. 1, Segmentation in 64-Bit Mode).
+    base = 0 if mode == 64 else guest.segment_base("CS")
+    return None if base is None else (rip + base) & ((1 << (64 if mode == 64 else 32)) - 1)
+
+
 def instruction_at(guest: CodeReader, rip: int, mode: int) -> Tuple[Optional[Instruction], str]:
     """(instruction, why there is none) at CS:`rip` of a guest in 16-, 32- or 64-bit mode."""
-    base = 0 if mode == 64 else guest.segment_base("CS")
-    if base is None:
+    address = linear_address(guest, rip, mode)
+    if address is None:
         return None, "the base of CS is not known"
-    address = (rip + base) & ((1 << (64 if mode == 64 else 32)) - 1)
     data, problem = b"", ""
     try:
         data = guest.read(address, min(MAX_LENGTH, PAGE_SIZE - address % PAGE_SIZE))

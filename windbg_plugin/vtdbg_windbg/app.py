@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from vtdbg.commands.registry import COMMON_OPTIONS
 from vtdbg.commands.run import run_words
 from vtdbg.commands.session import SOURCE_VARIABLE, Session
 from vtdbg.errors import UsageError, VtdbgError
@@ -19,6 +20,7 @@ from vtdbg_windbg.target import machine_of
 
 OWN_OPTIONS = ("--backend", "-z", "--remote", "--prefix")
 BACKENDS = ("ctypes", "pykd")
+CARRIED = ("--source", "--format", "--layout", "--caps")
 
 
 class DebuggerSession(Session):
@@ -75,6 +77,12 @@ def make_engine(own: Dict[str, str]) -> Engine:
     return CtypesEngine.of_this_process()
 
 
+def carried(options: Dict[str, Any]) -> str:
+    """The options of a command that its links need too: without them a click would look at another source, or read pages by another layout."""
+    given = [(option.flag, options.get(option.dest)) for option in COMMON_OPTIONS if option.flag in CARRIED]
+    return " ".join(f'{flag} "{value}"' if " " in str(value) else f"{flag} {value}" for flag, value in given if value)
+
+
 def execute(engine: Engine, words: Sequence[str], dml: bool, prefix: str = "vt") -> int:
     """Runs one command in the engine's session; the return value is the exit status.  Every refusal is one line."""
     session = DebuggerSession(program=prefix, evaluate=engine.evaluate)
@@ -82,7 +90,7 @@ def execute(engine: Engine, words: Sequence[str], dml: bool, prefix: str = "vt")
 
     def render(report: Report, options: Dict[str, Any]) -> str:
         width = options.get("width") or DEFAULT_WIDTH
-        return render_dml(report, width, prefix) if dml else render_text(report, width)
+        return render_dml(report, width, prefix, carried(options)) if dml else render_text(report, width)
 
     try:
         outcome = run_words(words, session, render)
