@@ -54,7 +54,7 @@ def inside_gdb() -> None:
     from vtdbg.svm.npt import Npt
     from vtdbg.targets.fast import fast_memory
     from vtdbg.targets.physical import PhysicalMode, StubMemory
-    from vtdbg.targets.stub import probe, ram_ranges
+    from vtdbg.targets.stub import probe, ram_blocks, ram_ranges
 
     class Counting(InProcessPort):
         reads = 0
@@ -83,7 +83,7 @@ def inside_gdb() -> None:
         for _ in range(15):
             # In turns: what else the machine does troubles both alike.
             raw, ours = min(raw, best(by_packets, 1)), min(ours, best(by_memory, 1))
-        quick = fast_memory(port, stub)
+        quick = fast_memory(port, stub, ram_blocks(port.monitor("info mtree -f")))
         fast = best(lambda: [quick.read_page(page) for page in pages])
         port.reads = 0
         rows = list(Enumeration(CachedMemory(stub), Npt(BASE)))

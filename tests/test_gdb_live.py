@@ -303,6 +303,30 @@ def test_process_memory_and_stub_agree(bare: BareQemu, tmp_path: Path) -> None:
         assert dump.memory.read(0x100000, 16) == bytes(range(16))
         fast, slow = (body(gdb.execute("phys 0x100000 --length 256" + option)) for option in ("", " --no-fast"))
         assert fast == slow and "0x0706050403020100" in fast
+        # ROM between two pieces of one RAM is no RAM: the reset vector's jump is there, at both its places.
+        for address in (0xFFFF0, 0xFFFFFFF0, 0xC0000):
+            texts = {body(gdb.execute(f"phys {address:#x} 16xb{option}")) for option in ("", " --no-fast")}
+            assert len(texts) == 1 and (address == 0xC0000 or "  0xea  " in texts.pop()), hex(address)
+        assert '"0"' in gdb.execute(MODE)
+
+
+FORMATS = (*(f"9{letter}{size}" for letter in "xzduotacf" for size in "bhwg"), "9a", "9c", "3s")
+
+
+def test_formats_are_gdbs(bare: BareQemu) -> None:
+    """`phys ADDR FMT` prints value for value what GDB's own `x/FMT` prints (paging is off: its addresses are physical), in both orders."""
+    with plugged(bare.port, "set target-charset ASCII") as gdb:
+        for number, wanted in enumerate(FORMATS):
+            # Odd places and the boundary between 0xff and 0: signs, infinities, characters of all kinds, strings with an end.
+            address = 0x100000 + 5 + 27 * (number % 9)
+            if "s" in wanted:
+                theirs = re.findall(r":\s(.*)", gdb.execute(f"x/{wanted} {address:#x}"))
+                ours = re.findall(r"^0x\w+  (.*)", body(gdb.execute(f"phys {address:#x} {wanted}")), re.M)
+            else:
+                theirs = [words for line in gdb.execute(f"x/{wanted} {address:#x}").splitlines() for words in line.split("\t")[1:]]
+                lines = [line[16:] for line in body(gdb.execute(f"phys /{wanted} {address:#x}")).splitlines()]
+                ours = [words.strip() for line in lines for words in re.split(r"\s{2,}(?!')", line.strip())]
+            assert ours == theirs and len(ours) >= 2, (wanted, hex(address))
         assert '"0"' in gdb.execute(MODE)
 
 

@@ -128,6 +128,22 @@ def test_checks_with_the_capabilities_of_the_live_processor(at_handler: MiPort) 
     assert everything(at_handler) == before
 
 
+def test_instructions_are_gdbs(at_handler: MiPort) -> None:
+    """The exit handler, where paging maps every address to itself: addresses and mnemonics are those of GDB's disassembler."""
+    at_handler.execute("set disassembly-flavor intel")
+    theirs = re.findall(r"^\s*(?:=> )?(0x\w+):\s+(\w+)", at_handler.execute(f"x/14i {HANDLER:#x}"), re.M)
+    text = at_handler.execute(f"phys {HANDLER:#x} 14i")
+    ours = [(f"{int(at, 16):#x}", name) for at, name in re.findall(r"^(0x\w+)  (?:[0-9a-f]{2} )+ *(\w+)", text, re.M)]
+    assert ours == theirs and len(ours) == 14 and "vmread" in text and "not known" not in text
+
+
+def test_code_of_the_guest(at_handler: MiPort) -> None:
+    """`phys --guest` with i: through EPT, in the guest's mode as its VMCS has it."""
+    text = at_handler.execute(f"phys {GUEST:#x} 2i --guest")
+    assert re.findall(r"  (xor eax, eax|cpuid)$", text, re.M) == ["xor eax, eax", "cpuid"] and "not known" not in text
+    assert '"behind EPT 0x400000"' in at_handler.execute("phys 0x400000 s --guest")
+
+
 class Interrupted(MiPort):
     """Ctrl-C arrives at the `at`-th command to gdb, before or after gdb has executed it."""
 

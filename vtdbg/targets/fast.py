@@ -13,7 +13,7 @@ import os
 import re
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Set, Tuple
+from typing import Iterator, List, Optional, Sequence, Set, Tuple
 
 from vtdbg.errors import MemoryUnavailable, VtdbgError
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory, Range
@@ -23,6 +23,8 @@ from vtdbg.targets.stub import gpa_to_hva
 _LOCAL = ("localhost", "127.", "::1", "[::1]", "")
 _COMPARED = 6
 _PIECE = 1 << 20
+LEGACY = (0xA0000, 0x100000)
+"""Video memory and ROM below 1 MiB: the chipset puts RAM in their place while the machine runs (PAM, SMRAM).  The stub knows what is there."""
 
 
 class NoFastPath(VtdbgError):
@@ -97,10 +99,14 @@ class FastMemory(PhysicalMemory):
         self._runs, self._starts = [], []
 
 
-def fast_memory(port: Port, stub: PhysicalMemory) -> FastMemory:
-    """The fast path of the target behind `port`, verified against `stub`.  Raises NoFastPath with the reason."""
+def fast_memory(port: Port, stub: PhysicalMemory, blocks: Sequence[Range]) -> FastMemory:
+    """The fast path of the target behind `port`, verified against `stub`.  Raises NoFastPath with the reason.
+
+    `blocks` are the pieces of RAM and ROM, each of one region: ROM that lies in the middle of RAM has neighbours on both sides that look like
+    one piece in the emulator's process.
+    """
     pid = _listener(port.endpoint())
-    known = stub.ranges()
+    known = [block for block in blocks if not LEGACY[0] <= block[0] < LEGACY[1]]
     if not known:
         raise NoFastPath("the memory map is not known")
     maps = _maps(pid)

@@ -63,6 +63,7 @@ class LiveMachine(Machine):
         self.stale = True
         self.places: List[Tuple[str, int]] = list(places)
         self._left = self._mode_notes()
+        self._fast, self._map, self._map_is_new = fast, "", True
         memory, how = self._memory(fast)
         super().__init__(LiveMemory(self, memory), port.endpoint() or port.name, "live", live=True)
         self.details = {"debugger": port.name, "stub": self.dialect.title, "physical memory": how}
@@ -80,18 +81,30 @@ class LiveMachine(Machine):
             if known is None and not self._own_reads():
                 return NoMemory(), "none"
             return CachedMemory(PortMemory(self.port, known), PAGES_IN_CACHE), f"by {self.port.name}"
-        if self.dialect.name == "qemu" and self.dialect.monitor:
-            known = stubs.ram_ranges(self.port.monitor("info mtree -f")) or None
+        self._map = self._memory_map()
+        if self._map:
+            known = stubs.ram_ranges(self._map) or None
         slow = CachedMemory(StubMemory(self.mode, known), PAGES_IN_CACHE)
         if fast and self.dialect.name == "qemu":
             try:
                 with self.mode.held():
-                    quick: FastMemory = fast_memory(self.port, slow)
+                    quick: FastMemory = fast_memory(self.port, slow, stubs.ram_blocks(self._map))
                 slow.drop()
                 return quick, quick.how + " (checked against the stub; --no-fast turns it off)"
             except NoFastPath as error:
                 return slow, f"by packets of the stub; no fast path: {error}"
         return slow, "by packets of the stub"
+
+    def _memory_map(self) -> str:
+        return self.port.monitor("info mtree -f") if self.dialect.name == "qemu" and self.dialect.monitor else ""
+
+    def _mapped_anew(self) -> None:
+        """Guests move what is at an address while they run: ROM gives way to RAM, a PCI device's memory is put elsewhere."""
+        new, self._map_is_new = self._map_is_new, False
+        if new or not isinstance(self.memory, LiveMemory) or not self._map or self._memory_map() == self._map:
+            return
+        self.memory.memory.close()
+        self.memory.memory, self.details["physical memory"] = self._memory(self._fast)
 
     def _own_reads(self) -> bool:
         try:
@@ -118,6 +131,7 @@ class LiveMachine(Machine):
         if not self.stale:
             return
         with self.reading():
+            self._mapped_anew()
             live = self.registers()
             self.where = self._where(live)
         number = self.port.selected()

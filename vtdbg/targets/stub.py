@@ -70,16 +70,21 @@ def _monitor(port: Port, command: str) -> str:
 _RAM_LINE = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (ram|rom|romd|nv-ram)\): (\S+)", re.M)
 
 
-def ram_ranges(mtree: str) -> List[Range]:
-    """RAM and ROM of the system's address space out of `info mtree -f`; QEMU answers zeros for everything else."""
+def ram_blocks(mtree: str) -> List[Range]:
+    """RAM and ROM of the system's address space out of `info mtree -f`, piece by piece: neighbours are of different regions."""
     for view in re.split(r"^FlatView #\d+\s*$", mtree, flags=re.M):
         if re.search(r'AS "memory"', view):
-            return merge_ranges((int(first, 16), int(last, 16) - int(first, 16) + 1) for first, last, _, _ in _RAM_LINE.findall(view))
+            return [(int(first, 16), int(last, 16) - int(first, 16) + 1) for first, last, _, _ in _RAM_LINE.findall(view)]
     return []
 
 
+def ram_ranges(mtree: str) -> List[Range]:
+    """What there is of RAM and ROM; QEMU answers zeros for everything else."""
+    return merge_ranges(ram_blocks(mtree))
+
+
 _TABLE = re.compile(r"^(GDT|IDT)\s*=\s*([0-9a-f]+)\s+([0-9a-f]+)", re.M)
-_SEGMENT = re.compile(r"^(LDT|TR)\s*=\s*([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)", re.M)
+_SEGMENT = re.compile(r"^(CS|LDT|TR)\s*=\s*([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)\s+([0-9a-f]+)", re.M)
 _CONTROL = re.compile(r"\b(CR[0234]|EFER)\s*=\s*([0-9a-f]+)")
 _CPL = re.compile(r"\bCPL=(\d)")
 
@@ -91,9 +96,12 @@ def info_registers(text: str) -> Dict[str, int]:
         key = name.lower() + "r"
         found[f"{key}_base"], found[f"{key}_limit"] = int(base, 16), int(limit, 16)
     for name, selector, base, limit, flags in _SEGMENT.findall(text):
-        key = "tr" if name == "TR" else "ldtr"
-        found[f"{key}_selector"], found[f"{key}_base"] = int(selector, 16), int(base, 16)
-        found[f"{key}_limit"], found[f"{key}_attributes"] = int(limit, 16), int(flags, 16) >> 8 & 0xF0FF
+        key = {"TR": "tr", "LDT": "ldtr"}.get(name, "cs")
+        found[f"{key}_base"], found[f"{key}_limit"] = int(base, 16), int(limit, 16)
+        found[f"{key}_attributes"] = int(flags, 16) >> 8 & 0xF0FF
+        if name != "CS":
+            # CS by its selector is among the stub's own registers.
+            found[f"{key}_selector"] = int(selector, 16)
     for name, value in _CONTROL.findall(text):
         found[name.lower()] = int(value, 16)
     level = _CPL.search(text)
