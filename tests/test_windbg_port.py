@@ -15,7 +15,7 @@ from vtdbg.targets.port import TargetError, Unsupported
 sys.path.insert(0, str(Path(__file__).parent.parent / "windbg_plugin"))
 
 from vtdbg_windbg.alias import words_of
-from vtdbg_windbg.app import execute, main, split_options
+from vtdbg_windbg.app import carried, execute, main, split_options
 from vtdbg_windbg.engine import Debuggee, Engine, EngineError, check
 from vtdbg_windbg.port import DbgEngPort
 from vtdbg_windbg.target import machine_of
@@ -198,6 +198,13 @@ def test_a_command_without_memory_needs_no_session(monkeypatch: pytest.MonkeyPat
     engine = Numbers([0x1000])
     assert execute(engine, ["phys", "0x1000"], dml=True) == 0
     assert "0x0000000000001000" in "".join(engine.calls)
+
+
+def test_a_click_looks_at_the_same_source_by_the_same_layout() -> None:
+    """The options that decide what is read are carried on; how it is printed is not."""
+    options = {"source": "C:\\my dumps\\a.dmp", "format": None, "layout": "haswell", "caps": None, "width": 100, "json": False}
+    assert carried(options) == '--source "C:\\my dumps\\a.dmp" --layout haswell'
+    assert carried({}) == ""
 
 
 def test_words_of_the_alias_come_in_the_order_of_their_numbers() -> None:
