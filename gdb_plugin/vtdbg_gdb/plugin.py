@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence
@@ -95,14 +96,13 @@ def _render(report: Any, options: Dict[str, Any]) -> str:
 
 
 class VtCommand(gdb.Command):
-    """One word of GDB: `vt` with everything behind it, or a group by its own name."""
+    """One word of GDB: `vt`, a group, or a verb.  `words` are the words of the command line that it stands for."""
 
-    def __init__(self, front: Front, name: str, prefix: Sequence[str], summary: str) -> None:
-        self._front, self._prefix = front, list(prefix)
-        example = registry_example(name)
-        self.__doc__ = (f"{summary}.\n\n`{name}` alone lists what there is, `{example} --help` explains one.\n"
-                        "Numbers can be expressions of GDB ($rax, a symbol); put quotes around one with spaces.")
-        super().__init__(name, gdb.COMMAND_DATA)
+    def __init__(self, front: Front, name: str, words: Sequence[str], help: str, prefix: bool = False) -> None:
+        self._front, self._words = front, list(words)
+        self.__doc__ = help
+        # A prefix command answers `help` and TAB with its subcommands, and is called where none of them is meant.
+        super().__init__(name, gdb.COMMAND_DATA, prefix=prefix)
 
     def invoke(self, argument: str, from_tty: bool) -> None:
         self.dont_repeat()
@@ -110,13 +110,13 @@ class VtCommand(gdb.Command):
             words = shlex.split(argument)
         except ValueError as error:
             raise gdb.GdbError(f"vt: {error} in {argument!r}") from None
-        self._front.run([*self._prefix, *words])
+        self._front.run([*self._words, *words])
 
     def complete(self, text: str, word: Optional[str]) -> Any:
         typed = text.split()
         last = typed.pop() if text and not text[-1].isspace() and typed else ""
         try:
-            found = self._front.complete([*self._prefix, *typed], last)
+            found = self._front.complete([*self._words, *typed], last)
         except VtdbgError:
             return []
         # GDB replaces only what it takes for the word, which ends at "-" and ".".
@@ -124,8 +124,35 @@ class VtCommand(gdb.Command):
         return [item[skipped:] for item in found]
 
 
-def registry_example(name: str) -> str:
-    return {"vt": "vt vmcs dump", "vmcs": "vmcs dump", "vmcb": "vmcb dump", "exit": "vt exit explain"}.get(name, f"{name} VERB")
+ABOUT = """vtdbg: VMCS, VMCB, EPT, NPT, exits and descriptors of the target.
+
+Every group of commands is below `vt`, and under its own name where GDB has no
+command of that name (`exit` and `source` are GDB's).  `help vt vmcs dump`
+explains one.  Numbers can be expressions of GDB ($rax, a symbol); put quotes
+around one with spaces."""
+EXPRESSIONS = "Numbers can be expressions of GDB ($rax, a symbol); put quotes around\none with spaces."
+
+
+def _verb_help() -> Dict[str, str]:
+    """The help of every verb by its name: out of a file, since asking the verbs would import them all."""
+    import json
+
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "help.json"), encoding="ascii") as file:
+        found: Dict[str, str] = json.load(file)
+    return found
+
+
+def _register_group(front: Front, start: str, group: str, verbs: Dict[str, str]) -> None:
+    """`start` is "" or "vt ": the group and its verbs under it."""
+    alone = verbs.get(group)
+    below = {name: help for name, help in verbs.items() if name.startswith(group + " ")}
+    summary = registry.GROUPS[group]
+    example = start + next(iter(below), group)
+    about = alone or (f"{summary[:1].upper()}{summary[1:]}.\n\n"
+                      f"`{start}{group}` alone lists what there is, `help {example}` explains one.\n{EXPRESSIONS}")
+    VtCommand(front, start + group, [group], about, prefix=bool(below))
+    for name, help in below.items():
+        VtCommand(front, start + name, name.split(), help)
 
 
 class Function(gdb.Function):
@@ -185,10 +212,11 @@ def register() -> None:
     front = Front()
     # Asked before any is registered: GDB takes the beginning of a command's name for the command.
     free = [group for group in registry.GROUPS if not _defined(group)]
-    VtCommand(front, "vt", [], "vtdbg: VMCS, VMCB, EPT, NPT, exits and descriptors of the target")
-    for group, summary in registry.GROUPS.items():
-        if group in free:
-            VtCommand(front, group, [group], summary[:1].upper() + summary[1:])
+    verbs = _verb_help()
+    VtCommand(front, "vt", [], ABOUT, prefix=True)
+    for group in registry.GROUPS:
+        for start in ("vt ", "") if group in free else ("vt ",):
+            _register_group(front, start, group, verbs)
     for name, function, help in FUNCTIONS:
         Function(front, name, _lazily(function), help)
     for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call"):
