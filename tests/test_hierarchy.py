@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Tuple
 import pytest
 
 from vtdbg.commands.run import run_words
+from vtdbg.commands.select import NESTED_ADDRESSES
 from vtdbg.commands.session import Session
 from vtdbg.hierarchy import Hierarchy, Hypervisor, hierarchy
 from vtdbg.machine import Machine
@@ -292,3 +293,78 @@ def test_ctrl_c_shows_what_was_found_and_says_that_it_is_partial(verb: str, valu
     # A command for all control blocks does not take some for all.
     with pytest.raises(KeyboardInterrupt):
         command("vmcs dump", session)
+
+
+# --- inside a guest: the same commands on its memory ----------------------------------------------------------------------------------
+
+
+def answer(words: str, session: Session) -> Any:
+    outcome = run_words([*words.split(), "--json"], session, lambda report, _options: "")
+    return json.loads(outcome.text) if not outcome.error else outcome.error
+
+
+def test_commands_inside_a_guest_use_its_addresses(intel_nested: Path, intel_nested_truth: Dict[str, Any]) -> None:
+    """The guest hypervisor's own words: VMXON region at 0x30000, the VMCS that it flushed at 0x31000; their frames by pagemap."""
+    truth, session = intel_nested_truth["nested"], Session(str(intel_nested))
+    vmcs01 = truth["found"]["vmcs01"]
+    rows = answer(f"vmcs list --inside {vmcs01}", session)["vmcs"]
+    assert [row["address"] for row in rows] == ["0x30000", "0x31000", "0x32000"]
+    for gpa, hpa in truth["gpa_to_hpa"].items():
+        inside = answer(f"phys {gpa} --length 4096 --inside {vmcs01}", session)["rows"]
+        assert [row["bytes"] for row in inside] == [row["bytes"] for row in answer(f"phys {hpa} --length 4096", session)["rows"]]
+    # Its addresses are those of this memory now: nothing has to be left out.
+    notes = [" ".join(answer(words, session)["notes"]) for words in (f"vmcs check 0x31000 --inside {vmcs01}",
+                                                                     f"vmcs check {truth['gpa_to_hpa']['0x31000']}")]
+    assert NESTED_ADDRESSES not in notes[0] and NESTED_ADDRESSES in notes[1]
+    tree = answer(f"source scan --inside {vmcs01}", session)
+    assert [row["address"] for row in tree["hypervisors"][0]["vms"][0]["processors"]] == ["0x31000"]
+    session.close()
+
+
+def test_the_processor_inside_is_the_guest_s_as_of_its_last_exit(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:
+    """What KVM_GET_SREGS said; RIP is that of the exit.  No control loads or saves EFER, so that the field is not the guest's: unknown."""
+    session = Session(str(intel_plain))
+    info = {row["register"]: row["value"] for row in answer(f"source info --inside {VM_A:#x}", session)["cpus"]}
+    sregs = intel_plain_truth["vms"]["A"]["kvm_get_sregs"]
+    assert {name: int(info[name], 16) for name in ("cr0", "cr3")} == {name: int(sregs[name], 16) for name in ("cr0", "cr3")}
+    assert int(info["gdtr_base"], 16) == int(sregs["gdt"].split("/")[0], 16)
+    assert "efer" not in info
+    session.close()
+
+
+def test_svm_guest_from_inside(amd_l2: Path, amd_l2_truth: Dict[str, Any]) -> None:
+    """Guest-virtual addresses walked in the guest's own memory end where the walk of both dimensions does (the guest's own table of them)."""
+    session = Session(str(amd_l2))
+    for row in amd_l2_truth["gva_walks"]:
+        found = answer(f"gva walk {row['gva']} --cr3 0x1000 --inside {amd_l2_truth['vmcb_pa']}", session)["walk"][0]
+        steps = [step for part in found["guest"] for step in part["steps"]]
+        assert [[int(step["address"], 16), int(step["entry"], 16)] for step in steps] == [
+            [int(address, 16), int(entry, 16)] for _, address, entry in row["guest_path"]]
+    session.close()
+
+
+def test_guests_of_guests_stack(values: Dict[int, int], tmp_path: Path) -> None:
+    """L3's VMCS is at 0x7000 for L2, 0x9000 for L1, 0x340000 for the machine."""
+    path, ram = tmp_path / "ram.raw", three_levels(values)
+    image = bytearray(max(ram.pages) + 4096)
+    for address, data in ram.pages.items():
+        image[address:address + 4096] = data
+    path.write_bytes(image)
+    session = Session(str(path))
+    for words in ("vmcs get HOST_RIP --at 0x340000", "vmcs get HOST_RIP --at 0x9000 --inside 0x100000",
+                  "vmcs get HOST_RIP --at 0x7000 --inside 0x100000 --inside 0x5000"):
+        assert answer(words, session)["vmcs"][0]["fields"][0]["value"] == "0xffff900000000200"
+    # Each command says anew where it looks, and scans of the one are not taken for scans of the other.
+    assert [row["address"] for row in answer("vmcs list", session)["vmcs"]] == ["0x100000", "0x300000", "0x340000"]
+    assert [row["address"] for row in answer("vmcs list --inside 0x100000", session)["vmcs"]] == ["0x5000", "0x9000"]
+    assert [row["address"] for row in answer("vmcs list", session)["vmcs"]] == ["0x100000", "0x300000", "0x340000"]
+    session.close()
+
+
+def test_inside_what_is_no_control_block(intel_plain: Path) -> None:
+    session = Session(str(intel_plain))
+    assert "neither a VMCB nor a VMCS" in answer("vmcs list --inside 0x6827000", session)
+    assert "not aligned" in answer(f"vmcs list --inside {VM_A + 8:#x}", session)
+    assert "0x100000000" in answer("vmcs list --inside 0x100000000", session)
+    assert "live target" in answer(f"msr read 0x480 --inside {VM_A:#x}", session)
+    session.close()

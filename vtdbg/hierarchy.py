@@ -172,7 +172,7 @@ class Hierarchy:
 def hierarchy(machine: "Machine | PhysicalMemory", found: Sequence[Found]) -> Hierarchy:
     """The findings of a scan as a tree.  Bounded: at most BLOCK_LIMIT control blocks, a fixed number of tables, DEPTH_LIMIT levels."""
     memory = machine.memory if isinstance(machine, Machine) else machine
-    return _Builder(memory).build(list(found))
+    return _Builder(memory, isinstance(machine, Machine) and machine.guest).build(list(found))
 
 
 _ROLES = {"vmxon-region": "VMXON region, or a VMCS never written back", "empty": "VMXON region or stale vmcs12",
@@ -180,8 +180,8 @@ _ROLES = {"vmxon-region": "VMXON region, or a VMCS never written back", "empty":
 
 
 class _Builder:
-    def __init__(self, memory: PhysicalMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: PhysicalMemory, guest: bool) -> None:
+        self._memory, self._guest = memory, guest
         self._budget = Budget()
         self._notes: List[str] = []
         self._copies: List[Block] = []
@@ -195,8 +195,9 @@ class _Builder:
             target = block.fields.get("VMCS_LINK_POINTER") if isinstance(block.fields, Vmcs) else None
             block.shadow = shadows.pop(target, None) if target is not None else None
         pages = [Page(item.address, item, _ROLES[item.classification]) for item in found[:BLOCK_LIMIT] if item.classification in _ROLES]
-        real = [block for block in blocks if block.found.classification != "kvm-vmcs12"]
-        software = [block for block in blocks if block.found.classification == "kvm-vmcs12"]
+        # In a guest's memory a vmcs12 is the VMCS of a hypervisor there.
+        software = [] if self._guest else [block for block in blocks if block.found.classification == "kvm-vmcs12"]
+        real = [block for block in blocks if block not in software]
         self._pair(real, software)
         tops, left, pages = self._level(self._memory, real, software, pages, 0, None)
         self._copies = left
@@ -382,11 +383,8 @@ def _tables_of(block: Block) -> Optional[Tables]:
         if isinstance(values, Vmcs):
             ept = Ept.from_vmcs(values)
             return None if ept.root_problem else Tables(ept.eptp, ept.root, ept.levels, ept)
-        nested, root = values.get("nested_ctl"), values.get("nested_cr3")
-        if not nested or not nested & 1 or root is None:
-            return None
-        npt = Npt(root)
-        return None if npt.root_problem else Tables(root, npt.root, 4, npt)
+        npt = Npt.from_vmcb(values)
+        return None if npt.root_problem else Tables(npt.ncr3, npt.root, 4, npt)
     except UsageError:
         return None
 

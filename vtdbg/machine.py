@@ -24,7 +24,8 @@ class Cpu:
 @dataclass
 class Machine:
     """`memory` is physical memory; `format` how it is stored ("elf", "raw", ...); `provenance` what a header line says of it;
-    `details` further facts of the format for `source info`; `warnings` what a reader must know (truncated, stale, ...)."""
+    `details` further facts of the format for `source info`; `warnings` what a reader must know (truncated, stale, ...).
+    `guest`: the memory is a guest's, and a VMCS in a software layout there (vmcs12) is one of its own hypervisor."""
 
     memory: PhysicalMemory
     name: str
@@ -34,6 +35,7 @@ class Machine:
     details: Dict[str, str] = field(default_factory=dict)
     warnings: List[str] = field(default_factory=list)
     live: bool = False
+    guest: bool = False
 
     def refresh(self) -> None:
         """Before something is said of it: a live target that has run finds out anew where its processor is.  A dump does not change."""

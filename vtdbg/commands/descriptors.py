@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
-from vtdbg.commands.nested import npt_of
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import chosen_blocks
 from vtdbg.commands.session import Session
@@ -14,6 +13,7 @@ from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory, LinearMemory
 from vtdbg.report import FINDINGS, Block, Group, Lines, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.svm import segments as svm_segments
+from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx import segments as vmx_segments
 from vtdbg.vmx.controls import control
@@ -218,7 +218,7 @@ def _host_view(session: Session, vmcs: Vmcs, title: str) -> View:
 def _vmcb_view(session: Session, vmcb: Vmcb, title: str) -> View:
     memory = session.machine.memory
     if vmcb["nested_ctl"] & 1:
-        memory = GuestPhysicalMemory(memory, npt_of(session, vmcb))
+        memory = GuestPhysicalMemory(memory, Npt.from_vmcb(vmcb))
     linear = LinearMemory(memory, Paging.from_registers(vmcb.get("cr0"), vmcb["cr3"], vmcb.get("cr4"), vmcb.get("efer")))
     tables = {
         kind: (vmcb.get(f"{name}.base"), vmcb.get(f"{name}.limit"))

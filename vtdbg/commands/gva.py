@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
-from vtdbg.commands.nested import ACCESS, npt_of
+from vtdbg.commands.nested import ACCESS
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import chosen_blocks
 from vtdbg.commands.session import Session
@@ -14,6 +14,7 @@ from vtdbg.errors import UsageError
 from vtdbg.gva import Translation, translate
 from vtdbg.numbers import size_text
 from vtdbg.report import FINDINGS, Group, Pairs, Report, Value, hexa
+from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.vmcs import Vmcs
@@ -151,7 +152,7 @@ def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Opt
 def _vmcb_view(session: Session, vmcb: Vmcb, title: str, nested: Optional[Structure]) -> View:
     tables = nested
     if tables is None and vmcb["nested_ctl"] & 1:
-        tables = npt_of(session, vmcb)
+        tables = Npt.from_vmcb(vmcb)
     paging = Paging.from_registers(vmcb.get("cr0"), vmcb["cr3"], vmcb.get("cr4"), vmcb.get("efer"), pat=vmcb.get("g_pat"))
     return View(f"guest of {title}", paging, tables, _python(paging, tables))
 

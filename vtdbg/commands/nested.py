@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
-from vtdbg import bits
 from vtdbg.commands.registry import Arg, Opt
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, host_vmcs
 from vtdbg.commands.session import Session
@@ -13,7 +12,6 @@ from vtdbg.commands.walks import access_text, walk_group
 from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.report import FINDINGS, Lines, Report, Value
 from vtdbg.svm.npt import Npt
-from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.structures import decode_eptp_list
@@ -91,7 +89,7 @@ def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> Lis
     problems = []
     for item in chosen_vmcb(session, vmcb):
         try:
-            tables = npt_of(session, item.vmcb)
+            tables = Npt.from_vmcb(item.vmcb)
         except UsageError as error:
             problems.append(f"{item.title}: {error}")
             continue
@@ -100,20 +98,6 @@ def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> Lis
     if not roots:
         raise UsageError("; ".join(problems) or "no nested CR3; give --ncr3")
     return list(roots.values())
-
-
-def npt_of(session: Session, vmcb: Vmcb) -> Npt:
-    """The nested tables that a VMCB uses; UsageError where nested paging is off.
-
-    Their format is that of the host's own paging at VMRUN (APM vol. 2, Nested Paging), which the VMCB does not say: 4-level is taken, and said.
-    """
-    control, root = vmcb.get("nested_ctl"), vmcb.get("nested_cr3")
-    if control is None or root is None:
-        raise UsageError(f"the VMCB ({vmcb.origin}) has no nested CR3; give --ncr3")
-    table = bits.table("nested_ctl")
-    if not table.test(control, "NP_ENABLE"):
-        raise UsageError(f"nested paging is not in use: NP_ENABLE (nested_ctl bit 0) is 0 in the VMCB ({vmcb.origin})")
-    return Npt(root, gmet=table.test(control, "GMET"), read_only_gpt=table.test(control, "READ_ONLY_GPT"))
 
 
 def title_of(root: Root, words: str) -> str:

@@ -31,12 +31,15 @@ class VmcsAt:
     vmcs: Vmcs
     found: Optional[Found] = None
     text: "Optional[TextDump]" = None
+    inside: bool = False
+    """The memory is that of a guest (--inside): a software layout there is of the guest's own VMCS."""
 
     @property
     def nested(self) -> bool:
         """Is it a VMCS that a hypervisor keeps for a hypervisor in its guest?  Its addresses are physical in that guest, not in this memory."""
         # A shadow VMCS holds what such a hypervisor wrote, too (SDM vol. 3, VMCS Shadowing).
-        return bool(self.vmcs.shadow) or (self.vmcs.layout is not None and self.vmcs.layout.id.startswith(SOFTWARE_LAYOUTS))
+        software = self.vmcs.layout is not None and self.vmcs.layout.id.startswith(SOFTWARE_LAYOUTS)
+        return bool(self.vmcs.shadow) or (software and not self.inside)
 
     @property
     def title(self) -> str:
@@ -96,7 +99,7 @@ def vmcs_at(session: Session, address: int) -> VmcsAt:
     page = aligned_page(session, address, "VMCS")
     vmcs = Vmcs.from_page(page, session.layout, f"page {address:#x}")
     session.machine.consider("vmcs", address)
-    return VmcsAt(address, vmcs)
+    return VmcsAt(address, vmcs, inside=session.machine.guest)
 
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
@@ -118,7 +121,8 @@ def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[
         return [VmcsAt(None, dump.vmcs(), text=dump) for dump in text_dumps(text, "vmcs", index)]
     if address is not None:
         return [vmcs_at(session, address)]
-    chosen = [VmcsAt(found.address, found.vmcs, found) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
+    inside = session.machine.guest
+    chosen = [VmcsAt(found.address, found.vmcs, found, inside=inside) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
     if not chosen:
         raise FormatError(
             session.machine.name, "no VMCS found; give its address, or a layout with --layout (`vmcs list --rejected` shows what came near)"

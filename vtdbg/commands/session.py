@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 from vtdbg.errors import UsageError
 from vtdbg.machine import Machine
@@ -31,6 +31,10 @@ class Session:
     caps_name: Optional[str] = None
     evaluate: Optional[Callable[[str], int]] = None
     program: str = "vtdbg"
+    inside: Tuple[int, ...] = ()
+    """Control blocks whose guests the command looks into, the outermost first: each address is physical in the guest before it."""
+    scan: str = ""
+    """What searches read: empty for all, unless that takes long; "all"; or a part of the memory ("0x0-0x10000000")."""
     fast: bool = True
     """A live target's RAM is read directly where that is possible."""
     progress: Optional[Callable[[str], None]] = None
@@ -39,7 +43,24 @@ class Session:
 
     @property
     def machine(self) -> Machine:
-        """The dump or target; UsageError where the user named none."""
+        """The dump or target, or the guest in it that --inside names; UsageError where the user named none."""
+        machine = self._outermost
+        for depth in range(len(self.inside)):
+            machine = self._guest(machine, self.inside[:depth + 1])
+        return machine
+
+    def _guest(self, outer: Machine, path: Tuple[int, ...]) -> Machine:
+        from vtdbg.targets.guest import guest_machine
+
+        key = f"guest {path} {self.layout_name} {self.caps_name}"
+        if key not in self._cache:
+            outer.consider("vmcs", path[-1])
+            self._cache[key] = guest_machine(outer, path[-1], self.layout, self.caps)
+        guest: Machine = self._cache[key]
+        return guest
+
+    @property
+    def _outermost(self) -> Machine:
         if self._machine is None:
             if not self.source:
                 raise UsageError(f"no memory to look at: name a dump with -s FILE (or set {SOURCE_VARIABLE})")
@@ -78,6 +99,8 @@ class Session:
             self._cache.clear()
         self.source, self.format = source, form
         self.fast = not options.get("no_fast")
+        self.scan = options.get("scan") or ""
+        self.inside = tuple(options.get("inside") or ())
         self.layout_name = options.get("layout") or self.layout_name
         self.caps_name = options.get("caps") or self.caps_name
 
@@ -110,13 +133,15 @@ class Session:
 
     def remembered(self, key: str, make: Callable[[], Any]) -> Any:
         """A result kept until the target runs or the source changes (scans)."""
+        if self.inside:
+            key = f"{key} inside {self.inside}"
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
     def has_remembered(self, key: str) -> bool:
         """Is there a result under this key?"""
-        return key in self._cache
+        return (f"{key} inside {self.inside}" if self.inside else key) in self._cache
 
     def forget(self) -> None:
         """The target ran: nothing that was read is still true."""
@@ -142,7 +167,10 @@ class Session:
         elif self.source:
             extra = f", format={self.format!r}" if self.format else ""
             lines.append(f"machine = vtdbg.open({self.source!r}{extra})")
-        return lines
+        if self.inside:
+            lines.append("from vtdbg.targets.guest import guest_machine")
+        layout = f", layout={self.layout_name!r}" if self.layout_name else ""
+        return [*lines, *(f"machine = guest_machine(machine, {address:#x}{layout})" for address in self.inside)]
 
 
 def given_registers(assignments: List[str]) -> Dict[str, Optional[int]]:

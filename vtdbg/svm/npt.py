@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Mapping, Optional, Protocol, Tuple
+from typing import TYPE_CHECKING, Mapping, Optional, Protocol, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
@@ -30,6 +30,9 @@ from vtdbg.walk import (
     parse_access,
     reason_of,
 )
+
+if TYPE_CHECKING:
+    from vtdbg.svm.vmcb import Vmcb
 from vtdbg.x86.paging import LEGACY, PAE, ROOT_MASKS, features, mode_named
 
 _SEE = "APM vol. 2, Page-Translation-Table Entry Fields, Reserved Bits"
@@ -83,6 +86,20 @@ class Npt:
     gmet: bool = False
     read_only_gpt: bool = False
     pat: Optional[int] = None
+
+    @classmethod
+    def from_vmcb(cls, vmcb: "Vmcb") -> "Npt":
+        """The nested tables that a VMCB uses; UsageError where it has no nested CR3 or nested paging is off.
+
+        Their format is that of the host's own paging at VMRUN (APM vol. 2, Nested Paging), which the VMCB does not say: 4-level is taken, and said.
+        """
+        control, root = vmcb.get("nested_ctl"), vmcb.get("nested_cr3")
+        if control is None or root is None:
+            raise UsageError(f"the VMCB ({vmcb.origin}) has no nested CR3; give the nCR3")
+        table = bits.table("nested_ctl")
+        if not table.test(control, "NP_ENABLE"):
+            raise UsageError(f"nested paging is not in use: NP_ENABLE (nested_ctl bit 0) is 0 in the VMCB ({vmcb.origin})")
+        return cls(root, gmet=table.test(control, "GMET"), read_only_gpt=table.test(control, "READ_ONLY_GPT"))
 
     @cached_property
     def format(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import List, Optional, Tuple, Union
 
-from vtdbg.commands.nested import npt_of
 from vtdbg.commands.select import VmcbAt, VmcsAt, chosen_vmcb, chosen_vmcs, found_blocks
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.gva import translate
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory
+from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.targets.live import LiveMachine
 from vtdbg.vmx.controls import control
@@ -63,6 +63,18 @@ def guest_memory(session: Session) -> PhysicalMemory:
     return session.machine.memory if tables is None else GuestPhysicalMemory(session.machine.memory, tables)
 
 
+def guest_mode(session: Session) -> Optional[int]:
+    """16, 32 or 64: how the code of that guest is decoded, as of its last exit; None where its control block does not say."""
+    block = _block(session)
+    if isinstance(block, Vmcs):
+        from vtdbg.vmx.guest import Guest
+
+        return Guest(block).mode()
+    from vtdbg.svm.guest import SvmGuest
+
+    return SvmGuest(block).mode()
+
+
 def _space(session: Session) -> Tuple[Paging, Optional[Structure]]:
     """How the guest that runs, or ran last, translates.  While it runs its live control registers count, not those of the last exit."""
     block = _block(session)
@@ -73,7 +85,7 @@ def _space(session: Session) -> Tuple[Paging, Optional[Structure]]:
         tables: Optional[Structure] = Ept.from_vmcs(block, session.caps) if control(block, "sec", "EPT") is not False else None
     else:
         paging = Paging.from_registers(block.get("cr0"), block["cr3"], block.get("cr4"), block.get("efer"), pat=block.get("g_pat"))
-        tables = npt_of(session, block) if block["nested_ctl"] & 1 else None
+        tables = Npt.from_vmcb(block) if block["nested_ctl"] & 1 else None
     cr3 = live.get("cr3")
     if cr3 is not None:
         paging = Paging.from_registers(live.get("cr0"), cr3, live.get("cr4"), live.get("efer"))

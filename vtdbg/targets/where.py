@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from vtdbg.svm.vmcb import Vmcb
+from vtdbg.vmx.gates import gate_of
 from vtdbg.vmx.vmcs import Vmcs
 
 Registers = Mapping[str, Optional[int]]
@@ -55,6 +56,8 @@ class Where:
     host: Registers = field(default_factory=dict)
     host_source: str = ""
     notes: Tuple[str, ...] = ()
+    candidates: Tuple[Block, ...] = ()
+    """Guest mode: the control blocks whose guest it can be, where that is not decided (`block` is None then)."""
 
     @property
     def text(self) -> str:
@@ -89,6 +92,9 @@ def of_vmcs(address: int, vmcs: Vmcs) -> Block:
     sides: List[Dict[str, Optional[int]]] = []
     for side in ("GUEST", "HOST"):
         sides.append({name: vmcs.get(f"{side}_{field}") for name, field in _VMCS_SIDE.items()})
+        # A field that no control loads holds a number that is nobody's EFER (KVM without "load IA32_EFER": 0).
+        if gate_of(vmcs, vmcs.field(f"{side}_IA32_EFER")).used is not True:
+            sides[-1]["efer"] = None
     sides[0].update(gdtr_limit=vmcs.get("GUEST_GDTR_LIMIT"), idtr_limit=vmcs.get("GUEST_IDTR_LIMIT"), tr_limit=vmcs.get("GUEST_TR_LIMIT"),
                     rflags=vmcs.get("GUEST_RFLAGS"))
     return Block("vmcs", address, guest=sides[0], host=sides[1])
@@ -116,8 +122,11 @@ def _those(live: Registers) -> str:
     return "those" if live.get("gdtr_base") is not None else "that"
 
 
-def decide(live: Registers, blocks: Sequence[Block]) -> Where:
-    """Where the processor with these registers is, by the control blocks that were found."""
+def decide(live: Registers, blocks: Sequence[Block], elsewhere: Sequence[int] = ()) -> Where:
+    """Where the processor with these registers is, by the control blocks that were found.
+
+    `elsewhere` are addresses of host save areas of which it is known that they are other processors'.
+    """
     if not blocks:
         return Where("unknown", "no VMCS, VMCB or host save area was found to compare with", host=live, host_source="live")
     hosts = [block for block in blocks if block.host and agrees(live, block.host)]
@@ -127,9 +136,9 @@ def decide(live: Registers, blocks: Sequence[Block]) -> Where:
         hosts = [block for block in hosts if _same_cr3(live, block.host)]
         guests = [block for block in guests if _same_cr3(live, block.guest)]
     if hosts and not guests:
-        return _host(live, hosts[0], blocks)
+        return _host(live, hosts, blocks)
     if guests and not hosts:
-        return _guest(live, guests[0], blocks)
+        return _guest(live, guests, blocks, elsewhere)
     if guests:
         return Where("unknown", f"the live {_by(live)} {_those(live)} of the host and of the guest of {guests[0].title}")
     if not any(block.host for block in blocks):
@@ -137,7 +146,7 @@ def decide(live: Registers, blocks: Sequence[Block]) -> Where:
     return Where("unknown", f"the live {_by(live)} neither the host's nor a guest's of the control blocks found")
 
 
-def _host(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
+def _host(live: Registers, hosts: Sequence[Block], blocks: Sequence[Block]) -> Where:
     guest = next((block for block in blocks if block.guest and block.guest.get("tr_base") == live.get("tr_base") is not None
                   and block.guest.get("tr_selector") == live.get("tr_selector")), None)
     host, notes = dict(live), []
@@ -145,14 +154,41 @@ def _host(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
         for name in NOT_SWITCHED:
             host[name] = None
         notes.append(f"TR, LDTR, FS and GS are still those of the guest of the {guest.title} (until VMLOAD): not the host's")
-    block = found if found.kind == "vmcs" else _of_address(blocks, found.block)
-    return Where("host", f"{_by(live)} the host's, by the {found.title}", block, host, "live", tuple(notes))
+    # Processors that share their tables cannot be told apart by them: then nobody knows which control block was this one's.
+    ran = {found.address if found.kind == "vmcs" else found.block for found in hosts}
+    block = None
+    if len(ran) == 1:
+        block = hosts[0] if hosts[0].kind == "vmcs" else _of_address(blocks, hosts[0].block)
+    others = f" and {len(hosts) - 1} more" if len(hosts) > 1 else ""
+    return Where("host", f"{_by(live)} the host's, by the {hosts[0].title}{others}", block, host, "live", tuple(notes))
 
 
-def _guest(live: Registers, found: Block, blocks: Sequence[Block]) -> Where:
-    saved = found.host or next((block.host for block in blocks if block.kind == "hsave" and block.block == found.address), {})
-    source = found.title if found.host else next((block.title for block in blocks if block.kind == "hsave" and block.block == found.address), "")
-    return Where("guest", f"{_by(live)} {_those(live)} of the guest of the {found.title}", found, saved, source)
+def _guest(live: Registers, guests: Sequence[Block], blocks: Sequence[Block], elsewhere: Sequence[int]) -> Where:
+    by = ""
+    if len(guests) > 1:
+        # Guests of one kernel have equal tables.  What ran last on some processor is what the host save areas say; TR is each virtual
+        # processor's own, and hardly ever changes.
+        ran = {block.block for block in blocks if block.kind == "hsave" and block.address not in elsewhere}
+        guests = [block for block in guests if block.address in ran] or guests
+        same = [block for block in guests if _same_task(live, block.guest)]
+        by = ", and TR" if same and len(same) < len(guests) else ""
+        guests = same or guests
+    if len(guests) > 1:
+        listed = ", ".join(f"{block.address:#x}" for block in guests[:8]) + (" ..." if len(guests) > 8 else "")
+        return Where("guest", f"{_by(live)} {_those(live)} of the guests of several {guests[0].kind.upper()}s: {listed}",
+                     candidates=tuple(guests))
+    return guest_of(live, guests[0], blocks, by)
+
+
+def guest_of(live: Registers, found: Block, blocks: Sequence[Block], by: str = "") -> Where:
+    """In the guest of `found`; `by` says what else than the tables decided."""
+    area = next((block for block in blocks if block.kind == "hsave" and block.block == found.address), None)
+    saved, source = (found.host, found.title) if found.host else (area.host, area.title) if area is not None else ({}, "")
+    return Where("guest", f"{_by(live)} {_those(live)} of the guest of the {found.title}{by}", found, saved, source)
+
+
+def _same_task(live: Registers, side: Registers) -> bool:
+    return all(live.get(name) is not None and live.get(name) == side.get(name) for name in ("tr_base", "tr_selector"))
 
 
 def _of_address(blocks: Sequence[Block], address: Optional[int]) -> Optional[Block]:
