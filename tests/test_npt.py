@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from typing import Any, Dict, List, Tuple
@@ -10,6 +11,8 @@ import pytest
 from support.tables import G1, K4, M2, TableBuilder
 
 import vtdbg
+from vtdbg.commands.run import run_words
+from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.memory.views import GuestPhysicalMemory
 from vtdbg.svm.npt import ASSUMED_WIDTH, Npt
@@ -255,3 +258,36 @@ def test_memory_types_need_the_pat() -> None:
 def test_the_width_that_is_assumed_is_said() -> None:
     memory, root = one_page(0x1007)
     assert any(str(ASSUMED_WIDTH) in text for text in vtdbg.npt_walk(memory, root, 0).assumptions)
+
+
+def test_the_format_is_that_of_the_host(tmp_path: Any) -> None:
+    """Nested tables have the format of the host's own paging (APM vol. 2, Nested Paging): on a host with CR4.LA57 they have five levels.  The
+    VMCB does not say it; --host-paging does, and a host whose registers are known."""
+    builder = TableBuilder(top=5, rights=7)
+    builder.map(0x7000, 0x123000, K4, 0x67, 7)
+    path = tmp_path / "ram.raw"
+    path.write_bytes(b"".join(bytes(builder.pages.get(at, bytes(K4))) for at in range(0, builder.free, K4)))
+    session = Session(str(path))
+
+    def walked(extra: str) -> Any:
+        outcome = run_words(f"npt walk 0x7000 --ncr3 {builder.root:#x} --json {extra}".split(), session, lambda report, _options: "")
+        return json.loads(outcome.text)["walk"][0]
+
+    assert walked("")["outcome"] != "mapped" or walked("")["address"] != "0x000123000"
+    found = walked("--host-paging 5-level")
+    assert found["outcome"] == "mapped" and [step["level"][0] for step in found["steps"]] == list("54321")
+    long_mode = {"cr0": 0x80050033, "cr4": 0x1020, "efer": 0xD01}
+    on_host = Npt(builder.root).on_host(long_mode)
+    assert on_host.walk(builder.memory(), 0x7123).hpa == 0x123123
+    assert Npt(builder.root).on_host({**long_mode, "cr4": 0x20}).walk(builder.memory(), 0x7123).hpa != 0x123123
+    # What is not known of a host changes nothing.
+    assert Npt(builder.root).on_host({"cr4": 0x1020}) == Npt(builder.root)
+    session.close()
+
+
+def test_execute_disable_of_a_host_without_nxe_is_reserved() -> None:
+    """Bit 63 of an entry is reserved while the host's EFER.NXE is 0 (APM vol. 2, No-Execute Page-Protection)."""
+    memory, root = one_page(0x1067 | NX)
+    registers = {"cr0": 0x80050033, "cr4": 0x20, "efer": 0x501}
+    assert Npt(root).on_host(registers).walk(memory, 0x40000000).outcome == "misconfiguration"
+    assert Npt(root).on_host({**registers, "efer": 0xD01}).walk(memory, 0x40000000).outcome == "mapped"

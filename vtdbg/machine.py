@@ -41,6 +41,11 @@ class Machine:
         """Before something is said of it: a live target that has run finds out anew where its processor is.  A dump does not change."""
         return
 
+    def host_registers(self) -> Mapping[str, Optional[int]]:
+        """What is known of the registers with which the hypervisor runs that owns this memory; empty where a source cannot tell its registers
+        from those of a guest, as a dump cannot."""
+        return {}
+
     def consider(self, kind: str, address: int) -> None:
         """A control block (`kind` as a scan classifies it) that was found or named: a live target compares its processor with it."""
         return

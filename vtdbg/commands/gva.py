@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
-from vtdbg.commands.nested import ACCESS
+from vtdbg.commands.nested import ACCESS, npt_tables
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import chosen_blocks
 from vtdbg.commands.session import Session
@@ -90,7 +90,7 @@ def _views(
     """The address spaces that the options name, and what has to be said of how fresh they are."""
     if eptp is not None and ncr3 is not None:
         raise UsageError("give one of --eptp and --ncr3")
-    given = Ept(eptp, session.caps) if eptp is not None else _npt(ncr3) if ncr3 is not None else None
+    given = Ept(eptp, session.caps) if eptp is not None else npt_tables(session, Npt(ncr3)) if ncr3 is not None else None
     if vmcs is None and vmcb is None and (host or cr3 is not None):
         return [_bare_view(session, host, cr3, given, mode)], []
     intel, amd, stale = chosen_blocks(session, vmcs, vmcb)
@@ -101,12 +101,6 @@ def _views(
     if not views:
         raise UsageError("no VMCS and no VMCB found: give --vmcs, --vmcb, or --cr3")
     return [_adjusted(view, cr3, mode) for view in views], stale
-
-
-def _npt(ncr3: int) -> Structure:
-    from vtdbg.svm.npt import Npt
-
-    return Npt(ncr3)
 
 
 def _adjusted(view: View, cr3: Optional[int], mode: Optional[str]) -> View:
@@ -152,7 +146,7 @@ def _vmcs_view(session: Session, vmcs: Vmcs, title: str, host: bool, nested: Opt
 def _vmcb_view(session: Session, vmcb: Vmcb, title: str, nested: Optional[Structure]) -> View:
     tables = nested
     if tables is None and vmcb["nested_ctl"] & 1:
-        tables = Npt.from_vmcb(vmcb)
+        tables = npt_tables(session, Npt.from_vmcb(vmcb))
     paging = Paging.from_registers(vmcb.get("cr0"), vmcb["cr3"], vmcb.get("cr4"), vmcb.get("efer"), pat=vmcb.get("g_pat"))
     return View(f"guest of {title}", paging, tables, _python(paging, tables))
 

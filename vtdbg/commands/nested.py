@@ -11,6 +11,7 @@ from vtdbg.commands.session import Session
 from vtdbg.commands.walks import access_text, walk_group
 from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.report import FINDINGS, Lines, Report, Value
+from vtdbg.svm.capabilities import SvmCapabilities
 from vtdbg.svm.npt import Npt
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.ept import Ept
@@ -84,12 +85,12 @@ def with_eptp_lists(session: Session, roots: Sequence[Root], further: Sequence[i
 def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> List[Root]:
     """The nested tables that the user named, or those of every VMCB that a scan finds, each root once."""
     if ncr3 is not None:
-        return [Root(Npt(ncr3), f"nCR3 {ncr3:#x}", f"{ncr3:#x}")]
+        return [Root(npt_tables(session, Npt(ncr3)), f"nCR3 {ncr3:#x}", f"{ncr3:#x}")]
     roots: Dict[int, Root] = {}
     problems = []
     for item in chosen_vmcb(session, vmcb):
         try:
-            tables = Npt.from_vmcb(item.vmcb)
+            tables = npt_tables(session, Npt.from_vmcb(item.vmcb))
         except UsageError as error:
             problems.append(f"{item.title}: {error}")
             continue
@@ -98,6 +99,12 @@ def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> Lis
     if not roots:
         raise UsageError("; ".join(problems) or "no nested CR3; give --ncr3")
     return list(roots.values())
+
+
+def npt_tables(session: Session, tables: Npt) -> Npt:
+    """Nested tables as the host of this session uses them.  What neither the user, --caps nor the host's registers say stays assumed, and said."""
+    width = SvmCapabilities.of(session.caps).physical_address_width if session.caps is not None else None
+    return tables.on_host(session.machine.host_registers(), session.host_paging, width)
 
 
 def title_of(root: Root, words: str) -> str:

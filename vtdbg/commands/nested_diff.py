@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.nested import LIMIT, RANGE, Root, nested_report, python_tables
-from vtdbg.commands.progress import watched
+from vtdbg.commands.nested_dump import interrupted
+from vtdbg.commands.progress import Watched
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
-from vtdbg.nested.diff import ASPECTS, WORK, Change, Side, diff_ranges
+from vtdbg.nested.diff import ASPECTS, WORK, Broken, Change, Segment, Side, broken, diff_ranges, given_up
 from vtdbg.numbers import parse_range, size_text
-from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
+from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hexa
 
 OTHER = Opt("--other", "path", "the second dump (default: the same one)", metavar="SOURCE")
 DIFF_OPTIONS = (
@@ -38,7 +39,8 @@ class Sides:
 
 def other_session(session: Session, source: str) -> Session:
     """The second dump, read with the layout and the capabilities of the first."""
-    return Session(source=source, layout_name=session.layout_name, caps_name=session.caps_name, program=session.program)
+    return Session(source=source, layout_name=session.layout_name, caps_name=session.caps_name, host_paging=session.host_paging,
+                   program=session.program)
 
 
 def chosen_sides(session: Session, roots: Roots, pointer: Optional[int], block: Optional[int], other: Optional[str],
@@ -85,20 +87,33 @@ def diff_report(command: str, session: Session, sides: Sides, *, gpa: Optional[s
     before = Enumeration(session.machine.memory, sides.before.tables, first, end - 1, apart=apart, limit=WORK)
     after = Enumeration(sides.other.machine.memory, sides.after.tables, first, end - 1, apart=apart, limit=WORK)
     aspects = frozenset(aspect for aspect in ASPECTS if not (ignore_page_size and aspect == "page size"))
-    changes = watched(diff_ranges(before, after, aspects), session, lambda count, change: f"{count} differences, at {change.start:#x}")
-    table, totals, more = _table(changes, limit)
+    watched: List[Watched[Segment]] = []
+
+    def watch(items: Iterator[Segment]) -> Iterator[Segment]:
+        # The segments, not the changes: what is alike makes none, and takes its time.
+        watched.append(Watched(items, session, lambda count, item: f"{count} ranges compared, at {item[0]:#x}"))
+        return iter(watched[0])
+
+    table, totals, more = _table(diff_ranges(before, after, aspects, watch), limit)
     words = f"first: {named(sides.before)}; second: {named(sides.after)}"
     group = Group("tables", words, [table], {"before": f"{sides.before.tables.root:#x}", "after": f"{sides.after.tables.root:#x}"})
     report.add(group)
     if more:
         group.add(Lines("cut", [Value(more, f"... {more} more rows: --limit shows more, --gpa a part", "warn")]))
-    group.add(Lines("summary", [_summary(totals)]))
-    seen = [(name, found) for name, found in (("first", before), ("second", after)) if not found.complete
-            or any(problem.kind == "unreadable" for problem in found.problems)]
-    for name, found in seen:
-        problem = next((item for item in found.problems if item.kind in ("limit", "unreadable")), None)
-        group.add(Lines("problem", [Value(name, f"{name}: not all of it was seen: {problem.text if problem else 'given up'}", "warn")]))
-    if totals:
+    stopped = [item.next[0] if item.next is not None else None for item in watched if item.interrupted]
+    for at in stopped:
+        group.add(interrupted(at))
+    reached = min(given_up(before), given_up(after))
+    if reached < 1 << 64:
+        for name, found in (("first", before), ("second", after)):
+            group.add(Lines("problem", [Value(name, f"{name}: not all of it was seen: {problem.text}", "warn")
+                                        for problem in found.problems[-1:] if problem.kind == "limit"]))
+        group.add(Lines("end", [Value(f"{reached:#x}", f"compared up to {reached - 1:#x}" if reached else "nothing was compared", "warn")]))
+    wrong = broken(before, after, *(at for at in stopped if at is not None))
+    group.blocks += _broken_blocks(wrong, limit)
+    whole = reached == 1 << 64 and not stopped
+    group.add(Lines("summary", [_summary(totals, wrong, whole)]))
+    if totals or not whole or any(item.side != "both" for item in wrong):
         report.status = FINDINGS
     second = "machine" if sides.other is session else "other"
     report.python += [
@@ -121,7 +136,7 @@ def _table(changes: Iterable[Change], limit: int) -> Tuple[Table, Dict[str, int]
     totals: Dict[str, int] = {}
     more = 0
     for change in changes:
-        what = ", ".join(change.aspects) or change.kind
+        what = _what(change)
         totals[what] = totals.get(what, 0) + change.length
         if len(table.rows) == limit:
             more += 1
@@ -131,17 +146,24 @@ def _table(changes: Iterable[Change], limit: int) -> Tuple[Table, Dict[str, int]
             hexa(change.start, 9),
             hexa(change.end - 1, 9),
             Value(change.length, size_text(change.length)),
-            _side(change.before, change.after),
-            _side(change.after, change.before),
+            _side(change.before, change.after, change.aspects),
+            _side(change.after, change.before, change.aspects),
             Value(list(change.aspects), ""),
         )
     return table, totals, more
 
 
-def _side(side: Optional[Side], other: Optional[Side]) -> Value:
+def _what(change: Change) -> str:
+    """In a few words: what changed, or who maps it alone; "?" where the other side's tables are not there to say."""
+    if change.kind == "changed":
+        return ", ".join(change.aspects)
+    return f"{change.kind}?" if "unreadable" in change.aspects else change.kind
+
+
+def _side(side: Optional[Side], other: Optional[Side], aspects: Sequence[str]) -> Value:
     """What one side says; of what both agree in, only the frame and the rights."""
     if side is None:
-        return Value(None, "-", "dim")
+        return Value(aspects[0], aspects[0], "bad") if aspects else Value(None, "-", "dim")
     words = [f"{side.target:#x}", str(side.permissions)]
     if other is None or side.memory_type != other.memory_type:
         words.append(side.memory_type)
@@ -154,6 +176,26 @@ def _side(side: Optional[Side], other: Optional[Side]) -> Value:
     return Value(data, " ".join(words))
 
 
-def _summary(totals: Dict[str, int]) -> Value:
-    words = ", ".join(f"{what} {size_text(size)}" for what, size in totals.items())
-    return Value(totals, words or "both map the same", "dim")
+def _broken_blocks(wrong: Sequence[Broken], limit: int) -> List[Block]:
+    """Entries that lead nowhere, by side; those that both sides have are counted."""
+    table = Table("broken", (("side", "side"), ("start", "guest-physical"), ("length", "size"), ("kind", "problem"), ("text", "what"), ("path", "")),
+                  title="Entries that lead nowhere", wrap="text")
+    different = [item for item in wrong if item.side != "both"]
+    for item in different[:limit]:
+        problem = item.problem
+        table.add(Value(item.side, item.side, "warn"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)),
+                  Value(problem.kind, problem.kind, "bad"), problem.text, Value([f"{address:#x}" for address in problem.path], ""))
+    blocks: List[Block] = [table] if table.rows else []
+    if len(different) > limit:
+        blocks.append(Lines("broken_cut", [Value(len(different) - limit, f"... {len(different) - limit} more of them: --limit shows more", "warn")]))
+    alike = len(wrong) - len(different)
+    if alike:
+        words = f"{alike} {'entries or tables are' if alike > 1 else 'entry or table is'} broken in both alike (`dump` lists them)"
+        blocks.append(Lines("broken_alike", [Value(alike, words, "dim")]))
+    return blocks
+
+
+def _summary(totals: Dict[str, int], wrong: Sequence[Broken], whole: bool) -> Value:
+    words = "; ".join(f"{size_text(size)} {what}" for what, size in totals.items())
+    nothing = "both map the same" if whole and all(item.side == "both" for item in wrong) else "what was seen is mapped alike"
+    return Value(totals, words or nothing, "dim")

@@ -168,6 +168,8 @@ COMMON_OPTIONS: Tuple[Opt, ...] = (
     Opt("--format", "text", "format of the dump (default: recognised by content)"),
     Opt("--layout", "text", "VMCS page layout: a name from `vmcs layouts`, or a layout file", metavar="NAME|FILE"),
     Opt("--caps", "text", "capability MSRs: a file, or the name of a processor preset", metavar="FILE|PRESET"),
+    Opt("--host-paging", "choice", "SVM: the host's paging mode, the format of nested page tables (default: the live host's, else 4-level)",
+        choices=("4-level", "5-level", "PAE", "32-bit")),
     Opt("--inside", "address", "look into the guest of the VMCS or VMCB at this address (again: into a guest of that guest)", many=True,
         metavar="ADDRESS"),
     Opt("--scan", "text", "what a search for control blocks reads: a part of the memory (A-B, A+SIZE), or all of it however slow the connection",

@@ -35,6 +35,8 @@ class Session:
     """Control blocks whose guests the command looks into, the outermost first: each address is physical in the guest before it."""
     scan: str = ""
     """What searches read: empty for all, unless that takes long; "all"; or a part of the memory ("0x0-0x10000000")."""
+    host_paging: Optional[str] = None
+    """The host's paging mode at VMRUN, which is the format of its nested page tables, where the user says it."""
     fast: bool = True
     """A live target's RAM is read directly where that is possible."""
     progress: Optional[Callable[[str], None]] = None
@@ -52,10 +54,10 @@ class Session:
     def _guest(self, outer: Machine, path: Tuple[int, ...]) -> Machine:
         from vtdbg.targets.guest import guest_machine
 
-        key = f"guest {path} {self.layout_name} {self.caps_name}"
+        key = f"guest {path} {self.layout_name} {self.caps_name} {self.host_paging}"
         if key not in self._cache:
             outer.consider("vmcs", path[-1])
-            self._cache[key] = guest_machine(outer, path[-1], self.layout, self.caps)
+            self._cache[key] = guest_machine(outer, path[-1], self.layout, self.caps, self.host_paging)
         guest: Machine = self._cache[key]
         return guest
 
@@ -100,6 +102,7 @@ class Session:
         self.source, self.format = source, form
         self.fast = not options.get("no_fast")
         self.scan = options.get("scan") or ""
+        self.host_paging = options.get("host_paging") or self.host_paging
         self.inside = tuple(options.get("inside") or ())
         self.layout_name = options.get("layout") or self.layout_name
         self.caps_name = options.get("caps") or self.caps_name

@@ -6,7 +6,7 @@ Extension); Long-Mode Page Translation.  Compared with Linux 6.1 arch/x86/kvm an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Mapping, Optional, Protocol, Tuple
 
@@ -33,7 +33,7 @@ from vtdbg.walk import (
 
 if TYPE_CHECKING:
     from vtdbg.svm.vmcb import Vmcb
-from vtdbg.x86.paging import LEGACY, PAE, ROOT_MASKS, features, mode_named
+from vtdbg.x86.paging import LEGACY, PAE, ROOT_MASKS, Paging, features, mode_named
 
 _SEE = "APM vol. 2, Page-Translation-Table Entry Fields, Reserved Bits"
 
@@ -101,6 +101,18 @@ class Npt:
             raise UsageError(f"nested paging is not in use: NP_ENABLE (nested_ctl bit 0) is 0 in the VMCB ({vmcb.origin})")
         return cls(root, gmet=table.test(control, "GMET"), read_only_gpt=table.test(control, "READ_ONLY_GPT"))
 
+    def on_host(self, registers: "Mapping[str, Optional[int]]", mode: Optional[str] = None, width: Optional[int] = None) -> "Npt":
+        """The same tables as a host with these registers at VMRUN uses them; `mode` and `width` where somebody said them.
+
+        Only what is not as assumed is taken from the registers: a command says the same on a live host as on a dump of it.
+        """
+        if mode is None and registers.get("cr4") is not None and registers.get("efer") is not None:
+            found = Paging.from_registers(registers.get("cr0"), 0, registers["cr4"], registers["efer"])
+            mode = None if found.mode in ("4-level", "none") else found.mode
+        efer = registers.get("efer")
+        nxe = False if efer is not None and not bits.table("efer").test(efer, "NXE") else self.nxe
+        return replace(self, mode=mode or self.mode, width=width or self.width, nxe=nxe)
+
     @cached_property
     def format(self) -> str:
         mode = mode_named(self.mode) if self.mode is not None else "4-level"
@@ -144,11 +156,11 @@ class Npt:
     def assumptions(self) -> Tuple[str, ...]:
         texts = []
         if self.mode is None:
-            texts.append("the host's paging mode at VMRUN unknown: 4-level taken")
+            texts.append("a VMCB does not say the host's paging mode: 4-level taken")
         if self.width is None:
             texts.append(f"physical-address width unknown: {ASSUMED_WIDTH} taken")
         if self.nxe is None and self.format != "32-bit":
-            texts.append("the host's EFER.NXE unknown: 1 taken")
+            texts.append("a VMCB does not say the host's EFER.NXE: 1 taken")
         if self.pse is None and self.format == "32-bit":
             texts.append("the host's CR4.PSE unknown: 1 taken")
         if self.gmet:

@@ -6,7 +6,7 @@ Guests of guests stack.
 
 from __future__ import annotations
 
-from typing import Optional, Tuple, Union
+from typing import Mapping, Optional, Tuple, Union
 
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.machine import Cpu, Machine
@@ -33,6 +33,9 @@ class GuestMachine(Machine):
         self._outer, self._title, self._note = outer, title, note
         self.refresh()
 
+    def host_registers(self) -> Mapping[str, Optional[int]]:
+        return self.cpus[0].registers
+
     def refresh(self) -> None:
         outer = self._outer
         outer.refresh()
@@ -40,15 +43,16 @@ class GuestMachine(Machine):
         self.warnings = [*outer.warnings, *([self._note] if self._note else [])]
 
 
-def guest_machine(machine: Machine, address: int, layout: Union[None, str, Layout] = None, caps: Optional[VmxCapabilities] = None) -> GuestMachine:
+def guest_machine(machine: Machine, address: int, layout: Union[None, str, Layout] = None, caps: Optional[VmxCapabilities] = None,
+                  host_paging: Optional[str] = None) -> GuestMachine:
     """The guest whose VMCS or VMCB is in the page at physical `address` of `machine`; which of the two it is, the page tells.
 
-    `layout` as for `Vmcs.from_page`; `caps` judge the EPT entries.  Raises UsageError where the page is neither, and where nested paging of
-    the VMCS or VMCB cannot be followed; MemoryUnavailable where it cannot be read.
+    `layout` as for `Vmcs.from_page`; `caps` judge the EPT entries; `host_paging` is the format of nested page tables.  Raises UsageError where
+    the page is neither, and where its nested paging cannot be followed; MemoryUnavailable where it cannot be read.
     """
     block = _control_block(machine.memory.read_page(address), address, layout)
     kind = "VMCS" if isinstance(block, Vmcs) else "VMCB"
-    memory, note = _memory_of(machine.memory, block, caps)
+    memory, note = _memory_of(machine, block, caps, host_paging)
     registers = (of_vmcs(address, block) if isinstance(block, Vmcs) else of_vmcb(address, block)).guest
     title = f"{kind} at {address:#x}"
     return GuestMachine(machine, memory, title, Cpu(0, registers, f"guest state of the {title}, as of the last exit"), note)
@@ -64,7 +68,9 @@ def _control_block(page: bytes, address: int, layout: Union[None, str, Layout]) 
         raise UsageError(f"the page at {address:#x} is neither a VMCB nor a VMCS that can be read ({error})") from error
 
 
-def _memory_of(memory: PhysicalMemory, block: Union[Vmcs, Vmcb], caps: Optional[VmxCapabilities]) -> Tuple[PhysicalMemory, str]:
+def _memory_of(machine: Machine, block: Union[Vmcs, Vmcb], caps: Optional[VmxCapabilities],
+               host_paging: Optional[str]) -> Tuple[PhysicalMemory, str]:
+    memory = machine.memory
     if isinstance(block, Vmcs):
         # Without EPT the processor uses the guest's CR3 as it is (SDM vol. 3, EPT Overview): it is physical for the hypervisor.
         if control(block, "sec", "EPT") is False:
@@ -72,4 +78,4 @@ def _memory_of(memory: PhysicalMemory, block: Union[Vmcs, Vmcb], caps: Optional[
         return GuestPhysicalMemory(memory, Ept.from_vmcs(block, caps)), ""
     if block["nested_ctl"] & 1 == 0:
         return memory, NO_TABLES
-    return GuestPhysicalMemory(memory, Npt.from_vmcb(block)), ""
+    return GuestPhysicalMemory(memory, Npt.from_vmcb(block).on_host(machine.host_registers(), host_paging)), ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
 from vtdbg.machine import Cpu, Machine
@@ -41,6 +41,10 @@ class LiveMemory(PhysicalMemory):
 
     def views(self) -> Iterator[Tuple[int, memoryview]]:
         return self.memory.views()
+
+    @property
+    def remote(self) -> bool:
+        return self.memory.remote
 
     def drop(self) -> None:
         self._machine.stale = True
@@ -125,6 +129,10 @@ class LiveMachine(Machine):
         """The selected processor's, live: a guest's in guest mode."""
         self.mode.virtual()
         return dict(stubs.all_registers(self.port, self.dialect))
+
+    def host_registers(self) -> "Mapping[str, Optional[int]]":
+        self.refresh()
+        return self.where.host if self.where.mode != "unknown" else {}
 
     def refresh(self) -> None:
         """Finds out again where the selected processor is; nothing where the target has not run since."""
