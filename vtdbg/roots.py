@@ -107,9 +107,9 @@ class RootFinder:
         self._beyond = int.from_bytes(beyond.to_bytes(8, "little") * 512, "little")
         self._pages: Dict[int, _Page] = {}
 
-    def read(self, progress: Optional[Callable[[int], None]] = None) -> None:
-        """Every page of the memory once; `progress` gets the bytes done so far."""
-        for start, view in self._memory.views():
+    def read(self, progress: Optional[Callable[[int], None]] = None, part: Optional[PhysicalMemory] = None) -> None:
+        """Every page of the memory, or of a `part` of it, once; `progress` gets the bytes done so far."""
+        for start, view in (part or self._memory).views():
             data = view.cast("B") if view.format != "B" else view
             for at in range(-start % PAGE_SIZE, len(data) - PAGE_SIZE + 1, _PIECE):
                 piece = bytes(data[at:at + _PIECE])

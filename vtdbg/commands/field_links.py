@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Tuple
 
 from vtdbg.bits import read_rows
 from vtdbg.record import Gate, Record
-from vtdbg.svm import gates as svm_gates
-from vtdbg.svm.guest import SvmGuest
-from vtdbg.svm.vmcb import Vmcb
-from vtdbg.vmx import gates as vmx_gates
-from vtdbg.vmx.guest import Guest
-from vtdbg.vmx.vmcs import Vmcs
-from vtdbg.x86.code import linear_address
+
+if TYPE_CHECKING:
+    from vtdbg.svm.vmcb import Vmcb
+    from vtdbg.vmx.vmcs import Vmcs
 
 NO_POINTER = (1 << 64) - 1
 PAGE_MASK = 0xFFF
@@ -39,18 +36,28 @@ def rows() -> Mapping[Tuple[str, str], Tuple[str, ...]]:
     return found
 
 
-def vmcs_links(vmcs: Vmcs, at: Optional[int]) -> Link:
+def vmcs_links(vmcs: "Vmcs", at: Optional[int]) -> Link:
     """For a VMCS of this memory; `at` is its physical address, None where it has none."""
-    rip, mode = vmcs.get("GUEST_RIP"), Guest(vmcs).mode()
-    code = None if rip is None or mode is None else linear_address(Guest(vmcs), rip, mode)
-    return _links("vmcs", vmcs, lambda name: vmx_gates.gate_of(vmcs, vmcs.field(name)), at, code)
+    from vtdbg.vmx.gates import gate_of
+    from vtdbg.vmx.guest import Guest
+    from vtdbg.x86.code import linear_address
+
+    guest, rip = Guest(vmcs), vmcs.get("GUEST_RIP")
+    mode = guest.mode()
+    code = None if rip is None or mode is None else linear_address(guest, rip, mode)
+    return _links("vmcs", vmcs, lambda name: gate_of(vmcs, vmcs.field(name)), at, code)
 
 
-def vmcb_links(vmcb: Vmcb, at: Optional[int]) -> Link:
+def vmcb_links(vmcb: "Vmcb", at: Optional[int]) -> Link:
     """For a VMCB of this memory.  A VMSA has none: it is a page of its own, and no command starts from it."""
-    rip, mode = vmcb.get("rip"), SvmGuest(vmcb).mode()
-    code = None if rip is None or mode is None else linear_address(SvmGuest(vmcb), rip, mode)
-    return _links(vmcb.layout, vmcb, lambda name: svm_gates.gate_of(vmcb, vmcb.field(name)), at, code)
+    from vtdbg.svm.gates import gate_of
+    from vtdbg.svm.guest import SvmGuest
+    from vtdbg.x86.code import linear_address
+
+    guest, rip = SvmGuest(vmcb), vmcb.get("rip")
+    mode = guest.mode()
+    code = None if rip is None or mode is None else linear_address(guest, rip, mode)
+    return _links(vmcb.layout, vmcb, lambda name: gate_of(vmcb, vmcb.field(name)), at, code)
 
 
 def _links(kind: str, record: "Record[Any, Any]", gate: Callable[[str], Gate], at: Optional[int], code: Optional[int]) -> Link:

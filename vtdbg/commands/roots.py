@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Callable, Dict, List, Optional
 
-from vtdbg.commands.scanning import scanned_blocks
+from vtdbg.commands.scanning import scanned_blocks, searched_memory
 from vtdbg.commands.session import Session
 from vtdbg.evidence import summarize
 from vtdbg.numbers import size_text
@@ -21,9 +21,11 @@ _EVERY = 0.2
 def roots_report(command: str, session: Session, kind: str) -> Report:
     """Every root with evidence, score, and the control blocks that name it."""
     report = Report(command, notes=list(session.machine.warnings))
+    part = searched_memory(session)
+    # What leads into memory is judged by all of it, whatever part is searched.
     finder = RootFinder(session.machine, kind)
     try:
-        finder.read(_progress(session))
+        finder.read(_progress(session), part)
     except KeyboardInterrupt:
         report.notes.append(f"interrupted after {size_text(finder.done)}: what follows is partial")
     finally:

@@ -1,4 +1,4 @@
-"""Scans as commands run them: with a line of progress where somebody watches, and with what was found so far after Ctrl-C."""
+"""Scans as commands run them: not unasked where they take minutes, with a line of progress, and with what was found so far after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,10 +6,44 @@ import time
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.commands.session import Session
-from vtdbg.numbers import size_text
+from vtdbg.errors import UsageError
+from vtdbg.memory.base import PhysicalMemory
+from vtdbg.memory.part import PartOfMemory, measured_seconds
+from vtdbg.numbers import parse_range, size_text
 from vtdbg.scanner import KINDS, Found, relate, scan
 
 _FIRST_AFTER, _EVERY = 0.7, 0.2
+MOST_SECONDS = 120
+"""A search that takes longer than this by the speed of its first pages is not begun unless it was asked for with --scan."""
+EVERYTHING = "all"
+
+
+def searched_memory(session: Session) -> PhysicalMemory:
+    """The memory that a search reads: the part that --scan names, or all of it; UsageError where that takes long and nobody said "all"."""
+    memory = session.machine.memory
+    part = session.scan and session.scan != EVERYTHING
+    if part:
+        memory = PartOfMemory(memory, *parse_range(session.scan))
+    ranges = memory.ranges()
+    if ranges is None:
+        raise UsageError("cannot scan: which physical memory exists is not known here; give the address of the control block, "
+                         "or what to search (--scan A-B)")
+    total = sum(length for _, length in ranges)
+    seconds = measured_seconds(memory, total) if memory.remote and session.scan != EVERYTHING else None
+    if seconds is not None and seconds > MOST_SECONDS:
+        speed = total / seconds
+        raise UsageError(f"searching {size_text(total & -(1 << 20))} takes about {_duration(seconds)} through this connection "
+                         f"({speed / 1e6:.1f} MB/s): give the address, {'a smaller' if part else 'a'} part of the memory (--scan A-B), "
+                         "or --scan all")
+    return memory
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= unit:
+            count = round(seconds / unit)
+            return f"{count} {name}{'s' * (count != 1)}"
+    return f"{seconds:.0f} seconds"
 
 
 class Scanned(NamedTuple):
@@ -39,13 +73,13 @@ def scanned_blocks(session: Session, kinds: Sequence[str] = KINDS) -> Scanned:
 
 
 def _key(session: Session, kind: str) -> str:
-    return f"scan {kind} {session.layout_name}"
+    return f"scan {kind} {session.layout_name} {session.scan}"
 
 
 def _scan(session: Session, kinds: Sequence[str]) -> Tuple[List[Found], str]:
-    machine = session.machine
+    machine, memory = session.machine, searched_memory(session)
     done = [0]
-    report = _reporter(session, done)
+    report = _reporter(session, memory, done)
 
     def count(scanned: int) -> None:
         done[0] = scanned
@@ -54,7 +88,7 @@ def _scan(session: Session, kinds: Sequence[str]) -> Tuple[List[Found], str]:
     found: List[Found] = []
     partial = ""
     try:
-        for item in scan(machine, kinds=kinds, layout=session.layout, progress=count):
+        for item in scan(memory, kinds=kinds, layout=session.layout, progress=count):
             found.append(item)
         found = relate(found, machine)
     except KeyboardInterrupt:
@@ -65,12 +99,12 @@ def _scan(session: Session, kinds: Sequence[str]) -> Tuple[List[Found], str]:
     return found, partial
 
 
-def _reporter(session: Session, done: List[int]) -> Callable[[], None]:
+def _reporter(session: Session, memory: PhysicalMemory, done: List[int]) -> Callable[[], None]:
     """Says how far the scan is, now and then, once it has taken a while."""
     progress = session.progress
     if progress is None:
         return lambda: None
-    total: Optional[int] = sum(length for _, length in session.machine.memory.ranges() or ())
+    total: Optional[int] = sum(length for _, length in memory.ranges() or ())
     due = [time.monotonic() + _FIRST_AFTER]
 
     def report() -> None:

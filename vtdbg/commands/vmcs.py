@@ -7,7 +7,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 from vtdbg.commands.field_links import Link, no_link, vmcs_links
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.scanning import scanned_blocks
+from vtdbg.commands.scanning import scanned_blocks, searched_memory
 from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
 from vtdbg.commands.session import Session, find_layout
 from vtdbg.commands.vms import vmcs_vms
@@ -80,7 +80,7 @@ def list_(session: Session, rejected: bool) -> Report:
         )
         from vtdbg.scanner import scan
 
-        for item in scan(session.machine, kinds=("vmcs",), layout=session.layout, rejected=True):
+        for item in scan(searched_memory(session), kinds=("vmcs",), layout=session.layout, rejected=True):
             if item.classification == "rejected":
                 near.add(hexa(item.address), item.layout_id, str(item.score), item.summary)
         report.add(near)

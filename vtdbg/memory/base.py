@@ -45,6 +45,11 @@ class PhysicalMemory(ABC):
                 except MemoryUnavailable:
                     continue
 
+    @property
+    def remote(self) -> bool:
+        """Does every read go over a connection, which can be slow?"""
+        return False
+
     def close(self) -> None:
         """Give back what the memory holds open (a mapped file); nothing where it holds nothing.  Reading afterwards is an error."""
         return
@@ -137,6 +142,10 @@ class CachedMemory(PhysicalMemory):
 
     def ranges(self) -> Optional[List[Range]]:
         return self._memory.ranges()
+
+    @property
+    def remote(self) -> bool:
+        return self._memory.remote
 
     def read_page(self, address: int) -> bytes:
         page = self._pages.get(address)

@@ -46,6 +46,10 @@ class LiveMemory(PhysicalMemory):
     def remote(self) -> bool:
         return self.memory.remote
 
+    @property
+    def remote(self) -> bool:
+        return self.memory.remote
+
     def drop(self) -> None:
         self._machine.stale = True
         if isinstance(self.memory, CachedMemory):

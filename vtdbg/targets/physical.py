@@ -113,6 +113,10 @@ class StubMemory(PhysicalMemory):
     def ranges(self) -> Optional[List[Range]]:
         return self._known
 
+    @property
+    def remote(self) -> bool:
+        return True
+
     def read(self, address: int, size: int) -> bytes:
         if size < 0 or address < 0 or address + size > REACH:
             raise MemoryUnavailable(address, size, "no physical address")

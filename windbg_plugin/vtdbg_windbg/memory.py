@@ -53,6 +53,11 @@ class EngineMemory(PhysicalMemory):
             self._ranges, self._asked = physical_ranges(self._engine), True
         return self._ranges
 
+    @property
+    def remote(self) -> bool:
+        # A dump too: the engine can be another machine's (--remote).
+        return True
+
     def views(self) -> Iterator[Tuple[int, memoryview]]:
         ranges = self.ranges()
         if ranges is None:
