@@ -13,8 +13,12 @@ from support.entry_cases import capabilities as model_capabilities
 from support.vmxcpu import Worker
 from support.vmxcpu.places import VMCS
 
+from vtdbg.commands.run import run_words
+from vtdbg.commands.session import Session
 from vtdbg.findings import Finding
 from vtdbg.memory.open import open_machine
+from vtdbg.render.text import render_text
+from vtdbg.vmx import layouts
 from vtdbg.vmx.capabilities import VmxCapabilities
 from vtdbg.vmx.entry import check_vm_entry, msr_load, predict_vm_entry
 from vtdbg.vmx.entry.predict import rule
@@ -166,3 +170,19 @@ def test_vm_instruction_error_of_an_entry_is_told() -> None:
     assert (recorded_error(Vmcs.from_values({"VM_INSTRUCTION_ERROR": 7})) or "").startswith("7 (")
     assert recorded_error(Vmcs.from_values({"VM_INSTRUCTION_ERROR": 12})) is None
     assert recorded_error(Vmcs.from_values({})) is None
+
+
+def test_failure_that_nothing_explains_is_said(intel_plain: Path, intel_plain_truth: Dict[str, Any], tmp_path: Path) -> None:
+    """The VMCS of the failed entry with CS put right: it would enter now, and still records that it did not."""
+    caps = tmp_path / "caps.txt"
+    caps.write_text("".join(f"{index} {value}\n" for index, value in intel_plain_truth["msrs"].items()))
+    image = bytearray(intel_plain.read_bytes())
+    layout = layouts.layout("bochs_2.7")
+    image[VMCS_B:VMCS_B + 4096] = layout.write_page({**{value.field.encoding: value.value for value in Vmcs.from_page(
+        bytes(image[VMCS_B:VMCS_B + 4096])).values()}, 0x4816: 0xA09B})
+    path = tmp_path / "fixed.raw"
+    path.write_bytes(image)
+    session = Session(str(path))
+    outcome = run_words(f"vmcs check {VMCS_B:#x} --caps {caps}".split(), session, lambda report, _options: render_text(report, 400))
+    session.close()
+    assert "enters the guest" in outcome.text and "not what these fields give" in outcome.text and "kvm_nested_vmenter_failed" in outcome.text

@@ -22,6 +22,8 @@ OPTIONS = (
     Opt("--all", "flag", "list the checks that pass too"),
     Opt("--lint", "flag", "also mistakes that enter and break later"),
 )
+UNEXPLAINED = ("Fields were written since, or memory has changed; nested under KVM (tracepoint kvm:kvm_nested_vmenter_failed) or in Bochs (its log) "
+               "the processor names the check itself")
 PASSED_THEN = "here but passed at the entry that failed, if what they read was not written since"
 COLUMNS = (
     ("id", "check"),
@@ -234,7 +236,7 @@ def _recorded(vmcs: "Vmcs", outcome: Any) -> Optional[Value]:
     seen = ("entry-failure", failure.reason, failure.qualification)
     words = _outcome_words(seen).text + ", as of the last exit"
     if outcome == "enters" or (outcome[0] != "undecided" and outcome[:2] != seen[:2]):
-        return Value(_outcome_data(seen), f"{words}: not what these fields give; some were written since, or the checks miss something", "warn")
+        return Value(_outcome_data(seen), f"{words}: not what these fields give. {UNEXPLAINED}", "warn")
     return Value(_outcome_data(seen), words)
 
 
