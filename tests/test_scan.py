@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 
 from vtdbg import bits
 from vtdbg.errors import MemoryUnavailable, UsageError
+from vtdbg.lanes import column, lanes, zero_lanes
 from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.scanner import CLASSES, Found, relate, scan
 from vtdbg.svm import recognise
-from vtdbg.vmx import layouts
+from vtdbg.vmx import find, layouts
 from vtdbg.vmx.find import Budget, find_in_ept
 from vtdbg.vmx.layout_map import Layout
 from vtdbg.vmx.vmcs import Vmcs
@@ -89,10 +91,9 @@ def test_scanning_for_one_kind_only(intel_plain: Path, amd_exit: Path) -> None:
 
 def test_efer_filter_is_what_vmrun_accepts() -> None:
     """VMRUN fails when EFER.SVME is 0 or a reserved bit is 1; the bits are those of the EFER table."""
-    values = recognise.efer_values()
-    reserved = bits.table("efer").kind_mask("reserved0")
-    assert all(value & 1 << 12 and not value & reserved for value in values)
-    assert {0x1D00, 0x1D01, 0x1000} <= values and len(values) == 1 << len(recognise._EFER_BITS)
+    mark = recognise.EFER
+    assert mark.wanted == 1 << 12 == bits.table("efer")["SVME"].mask and mark.mask & ~mark.wanted == bits.table("efer").kind_mask("reserved0")
+    assert all(value & mark.mask == mark.wanted for value in (0x1D00, 0x1D01, 0x1000))
 
 
 # --- memory of every shape --------------------------------------------------------------------------------------------------------
@@ -289,3 +290,74 @@ def test_a_guest_page_is_found_through_five_levels_and_large_pages() -> None:
     memory = memory_from_segments([(0x1000 * number, data) for number, data in enumerate(tables, 1)])
     base = 1 << 48 | 2 << 39 | 3 << 30 | 4 << 21
     assert find_in_ept(memory, 0x1026, {0x5FF000, 0x600000}) == ({0x5FF000: base + 0x1FF000}, True)
+
+
+# --- many pages asked together ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(width=st.sampled_from([1, 2, 4, 8]), count=st.integers(1, 40), seed=st.integers(0, 1 << 32), data=st.data())
+def test_a_column_and_its_zeros_are_those_of_each_record(width: int, count: int, seed: int, data: st.DataObject) -> None:
+    chance = random.Random(seed)
+    stride = data.draw(st.sampled_from([16, 64, 4096]))
+    offset = data.draw(st.integers(0, stride - width))
+    records = [bytes(chance.choice((0, 0, 0, 0x80, 0xFF, 1)) for _ in range(stride)) for _ in range(count)]
+    plain = [bytes(record[offset:offset + width]) for record in records]
+    whole = column(memoryview(b"".join(records)), offset, width, stride)
+    assert whole == b"".join(plain)
+    assert zero_lanes(int.from_bytes(whole, "little"), width, count) == bytes(0 if any(number) else 0x80 for number in plain)
+    assert lanes(0x5A, width, count) == sum(0x5A << 8 * width * index for index in range(count))
+
+
+def _liar(chance: random.Random, genuine: bytes) -> bytes:
+    """A page that a scan may be misled by: noise, nothing, ones, or parts of a real VMCS, with a known revision identifier."""
+    shape = chance.choices(range(6), (1, 1, 2, 9, 1, 9))[0]
+    body = bytearray(genuine if shape < 3 else bytes(4096) if shape == 3 else b"\xff" * 4096 if shape == 4 else chance.randbytes(4096))
+    for _ in range(chance.choice([0, 0, 1, 8, 200])):
+        body[chance.randrange(4096)] = chance.randrange(256)
+    if shape == 2:
+        end = chance.randrange(4096)
+        body[end:] = bytes(4096 - end)
+    revision = chance.choice([1, 0x2B, 0x2B, 0x10]) | chance.choice([0, layouts.SHADOW_BIT])
+    header = struct.pack("<III", revision, chance.choice([0, 0, 2, 0x1234]), chance.randrange(2))
+    return header + bytes(body[12:])
+
+
+@settings(deadline=None, max_examples=4)
+@given(seed=st.integers(0, 1 << 32))
+def test_pages_asked_together_are_judged_as_if_asked_one_by_one(seed: int, vmcs_page: bytes) -> None:
+    """Where more than _MANY pages of a chunk begin with a revision identifier, columns of fields rule most of them out first."""
+    chance = random.Random(seed)
+    pages = [_liar(chance, vmcs_page) for _ in range(4 * find._MANY)]
+    whole = memory_from_segments([(0, b"".join(pages))])
+    # One page a segment: no two of them are asked together.
+    apart = memory_from_segments([(0x1000 * number, page) for number, page in enumerate(pages)])
+    first, second = list(scan(whole, kinds=("vmcs",))), list(scan(apart, kinds=("vmcs",)))
+    assert [(item.address, item.classification, item.score) for item in first] == [(item.address, item.classification, item.score) for item in second]
+    assert first
+
+
+def test_a_fuller_look_says_of_each_layout_what_its_reader_says(vmcs_page: bytes) -> None:
+    """Upper bounds in lanes are the sums of the rules, except that a link pointer that is not all ones is never held against a page."""
+    chance = random.Random(5)
+    for name in ("bochs_2.7", "hyperv_evmcs_v1", "hw_haswell", "vmware_nested_ws9", "kvm_vmcs12"):
+        reader = find._StrongFields(layouts.layout(name))
+        pages = [_liar(chance, vmcs_page) for _ in range(300)]
+        enough, blank = reader.of_all(memoryview(b"".join(pages)))
+        for index, page in enumerate(pages):
+            if reader.points(page) >= find._ENOUGH:
+                assert enough >> 8 * index & 1
+            if layouts.is_empty(page):
+                assert blank >> 8 * index & 1
+
+
+def test_many_pages_of_a_number_and_nothing_else_cost_no_memory() -> None:
+    """They count only where a VMCS with the number is found; until then they are kept as addresses."""
+    pages = 2000
+    memory = memory_from_segments([(0, (struct.pack("<I", 0x10) + bytes(4092)) * pages)])
+    tracemalloc.start()
+    try:
+        assert list(scan(memory)) == []
+        assert tracemalloc.get_traced_memory()[1] < pages * 1024
+    finally:
+        tracemalloc.stop()

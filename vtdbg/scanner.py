@@ -6,17 +6,22 @@ read with a stride over a mapped view, so that a scan costs one cache miss a pag
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Literal, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.errors import FormatError, MemoryUnavailable, UsageError
 from vtdbg.evidence import Evidence, summarize
+from vtdbg.lanes import column, lanes
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.vmx.find import DISTINCTIVE, Known, RevisionFilter, relations
-from vtdbg.vmx.layouts import Candidate, Layout, decode_candidates, header_words, is_empty, rank
+from vtdbg.vmx.layouts import SHADOW_BIT, Candidate, Layout, decode_candidates, header_words, is_empty, rank
 from vtdbg.vmx.vmcs import Vmcs
+
+if TYPE_CHECKING:
+    from vtdbg.svm.recognise import Mark
 
 KINDS = ("vmcs", "vmcb")
 
@@ -106,8 +111,7 @@ def scan(machine: "Machine | PhysicalMemory", kinds: Sequence[str] = KINDS, *, l
     if "vmcb" in kinds:
         from vtdbg.svm import recognise
 
-        finders += [_VmcbFinder(recognise.EFER_OFFSET, recognise.efer_values(), rejected),
-                    _VmcbFinder(recognise.NESTED_CTL_OFFSET, recognise.sev_es_values(), rejected)]
+        finders += [_VmcbFinder(mark, rejected) for mark in (recognise.EFER, recognise.SEV_ES)]
     return _found(memory, finders, progress)
 
 
@@ -133,14 +137,21 @@ def relate(found: Iterable[Found], machine: "Machine | PhysicalMemory") -> List[
 # --- one pass over the pages -----------------------------------------------------------------------------------------------------
 
 _CHUNK_PAGES = 4096
+_MANY = 128
+"""Pages of a chunk that pass before it pays to ask all of them one more question together."""
+_ZERO = bytes(4)
 
 
 class _Finder:
-    """What decides by one dword at `offset` of a page whether to look at it, and judges the pages that pass."""
+    """What decides by one number at a fixed place of a page whether to look at it, and judges the pages that pass."""
 
-    offset: int
-    values: FrozenSet[int]
-    code: Literal["I", "Q"]
+    def passing(self, data: memoryview) -> List[int]:
+        """Indexes of the pages of `data` (whole pages) that are worth a look."""
+        raise NotImplementedError
+
+    def wants(self, page: bytes) -> bool:
+        """Is this page, which can be cut short, worth a look?"""
+        raise NotImplementedError
 
     def judge(self, address: int, page: bytes) -> Optional[Found]:
         raise NotImplementedError
@@ -184,11 +195,7 @@ def sweep(memory: PhysicalMemory, finders: Sequence[_Finder], progress: Optional
 def _chunk(address: int, data: memoryview, finders: Sequence[_Finder]) -> Iterator[Tuple[int, bytes, _Finder]]:
     hits: List[Tuple[int, int]] = []
     for number, finder in enumerate(finders):
-        width = 4 if finder.code == "I" else 8
-        column = data.cast(finder.code)[finder.offset // width::PAGE_SIZE // width].tolist()
-        # Most chunks hold nothing: the set looks through the whole column without a step in Python.
-        if not finder.values.isdisjoint(column):
-            hits += [(index, number) for index, value in enumerate(column) if value in finder.values]
+        hits += [(index, number) for index in finder.passing(data)]
     for index, number in sorted(hits):
         at = index * PAGE_SIZE
         yield address + at, bytes(data[at:at + PAGE_SIZE]), finders[number]
@@ -203,8 +210,7 @@ def _split_page(memory: PhysicalMemory, address: int, finders: Sequence[_Finder]
         except MemoryUnavailable:
             continue
     for finder in finders:
-        width = 4 if finder.code == "I" else 8
-        if int.from_bytes(page[finder.offset:finder.offset + width], "little") in finder.values and len(page) >= finder.offset + width:
+        if finder.wants(page):
             yield address, page, finder
 
 
@@ -216,10 +222,25 @@ _KVM_LAYOUTS = "kvm_vmcs12"
 
 class _VmcsFinder(_Finder):
     def __init__(self, revisions: RevisionFilter, rejected: bool) -> None:
-        self.offset, self.code, self.values = 0, "I", revisions.first_dwords
         self._revisions, self._rejected = revisions, rejected
         self._real: Dict[int, int] = {}
-        self._empty: List[Tuple[int, bytes]] = []
+        self._empty = array("Q")
+        self._empty_first = array("I")
+
+    def passing(self, data: memoryview) -> List[int]:
+        wanted = self._revisions.first_dwords
+        first_dwords = data.cast("I")[::PAGE_SIZE // 4].tolist()
+        # Most chunks hold nothing: the set looks through the whole column without a step in Python.
+        if wanted.isdisjoint(first_dwords):
+            return []
+        hits = [index for index, value in enumerate(first_dwords) if value in wanted]
+        if self._rejected or len(hits) < _MANY:
+            return hits
+        worth = self._revisions.worth_a_look(data, first_dwords)
+        return [index for index in hits if worth[index]]
+
+    def wants(self, page: bytes) -> bool:
+        return len(page) >= 4 and int.from_bytes(page[:4], "little") in self._revisions.first_dwords
 
     def judge(self, address: int, page: bytes) -> Optional[Found]:
         if is_empty(page):
@@ -248,25 +269,25 @@ class _VmcsFinder(_Finder):
         return Found("vmcs", address, "rejected", score, tuple(evidence), reason="only its first number is that of a VMCS")
 
     def _judge_empty(self, address: int, page: bytes) -> Optional[Found]:
-        revision, _, abort = header_words(page)
+        revision, shadow, abort = header_words(page)
         if revision >= DISTINCTIVE:
-            return self._empty_found(address, page)
+            return self._empty_found(address, revision, shadow)
         if abort > 0xFF:
             reason = f"only the number {revision:#x}, and behind it {abort:#x}, which is no VMX-abort code"
             return self._not_empty(address, reason) if self._rejected else None
-        self._empty.append((address, page))
+        self._empty.append(address)
+        self._empty_first.append(int.from_bytes(page[:4], "little"))
         return None
 
     def rest(self) -> Iterator[Found]:
-        for address, page in self._empty:
-            revision = header_words(page)[0]
+        for address, first in zip(self._empty, self._empty_first):
+            revision = first & ~SHADOW_BIT
             if revision in self._real:
-                yield self._empty_found(address, page)
+                yield self._empty_found(address, revision, bool(first & SHADOW_BIT))
             elif self._rejected:
                 yield self._not_empty(address, f"only the number {revision:#x}, and no VMCS with that revision identifier was found")
 
-    def _empty_found(self, address: int, page: bytes) -> Found:
-        revision, shadow, _ = header_words(page)
+    def _empty_found(self, address: int, revision: int, shadow: bool) -> Found:
         software = any(item.id.startswith(_KVM_LAYOUTS) for item in self._revisions.layouts_of(revision))
         what = "empty" if software or shadow else "vmxon-region"
         return Found("vmcs", address, what, 0, reason=_REASONS[what])
@@ -279,16 +300,29 @@ class _VmcsFinder(_Finder):
 
 
 class _VmcbFinder(_Finder):
-    def __init__(self, offset: int, values: FrozenSet[int], rejected: bool) -> None:
-        self.offset, self.code, self.values = offset, "Q", values
-        self._rejected = rejected
+    def __init__(self, mark: "Mark", rejected: bool) -> None:
+        self._mark, self._rejected = mark, rejected
+
+    def passing(self, data: memoryview) -> List[int]:
+        offset, mask, wanted = self._mark
+        count = len(data) // PAGE_SIZE
+        # The lower half first: that is half of the work, and what passes it is rare.
+        low = int.from_bytes(column(data, offset, 4, PAGE_SIZE), "little")
+        differing = (low ^ lanes(wanted, 4, count)) & lanes(mask & 0xFFFFFFFF, 4, count)
+        if _ZERO not in differing.to_bytes(4 * count, "little"):
+            return []
+        return [index for index, value in enumerate(data.cast("Q")[offset // 8::PAGE_SIZE // 8]) if value & mask == wanted]
+
+    def wants(self, page: bytes) -> bool:
+        offset, mask, wanted = self._mark
+        return len(page) >= offset + 8 and int.from_bytes(page[offset:offset + 8], "little") & mask == wanted
 
     def judge(self, address: int, page: bytes) -> Optional[Found]:
         from vtdbg.svm import recognise
 
         if len(page) < PAGE_SIZE or not recognise.quick(page):
             return None
-        if self.offset == recognise.EFER_OFFSET and recognise.is_sev_es(page):
+        if self._mark == recognise.EFER and recognise.is_sev_es(page):
             return None
         what, evidence = recognise.judge_page(page)
         score = sum(item.points for item in evidence)

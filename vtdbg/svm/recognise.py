@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Dict, FrozenSet, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from vtdbg.evidence import ADDRESS_LIMIT, Evidence, Judge, canonical, is_page, is_pat
 from vtdbg.svm import fields as vmcb_fields
 
 VMCB, HOST_SAVE_AREA = "vmcb", "host-save-area"
 
-EFER_OFFSET = 0x4D0
-NESTED_CTL_OFFSET = 0x90
 SAVE_AREA = 0x400
 """APM vol. 2, appendix VMCB Layout: the state-save area begins at 0x400; EFER is at 0xd0 in it."""
 
@@ -27,20 +25,22 @@ FITS = 30
 """Points that a VMCB needs.  Real ones reach 60 and more; nothing else in the memories that were looked at came above 0, except a host save area."""
 
 
-@cache
-def efer_values() -> FrozenSet[int]:
-    """Every EFER with SVME set and no reserved bit: VMRUN refuses any other (APM vol. 2, VMRUN Instruction, Canonicalization and
-    Consistency Checks), so one look at the qword at 0x4d0 rules out nearly every page."""
-    values = [_SVME]
-    for bit in _EFER_BITS:
-        values += [value | 1 << bit for value in values]
-    return frozenset(values)
+class Mark(NamedTuple):
+    """What one look at a page asks: is the qword at `offset`, under `mask`, the number `wanted` (which is not 0)?"""
+
+    offset: int
+    mask: int
+    wanted: int
 
 
-@cache
-def sev_es_values() -> FrozenSet[int]:
-    """The nested control of an SEV-ES guest: NP, SEV and SEV-ES enabled.  Its EFER is in the encrypted VMSA, not at 0x4d0."""
-    return frozenset(7 | high << 3 for high in range(32))
+_QWORD = (1 << 64) - 1
+
+EFER = Mark(0x4D0, _QWORD & ~sum(1 << bit for bit in _EFER_BITS), _SVME)
+"""SVME set and no reserved bit: VMRUN refuses any other EFER (APM vol. 2, VMRUN Instruction, Canonicalization and Consistency Checks), so this
+rules out nearly every page."""
+
+SEV_ES = Mark(0x90, _QWORD & ~0xF8, 7)
+"""The nested control of an SEV-ES guest: NP, SEV and SEV-ES enabled.  Its EFER is in the encrypted VMSA, not at 0x4d0."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def judge_page(page: bytes) -> Tuple[str, List[Evidence]]:
 
 
 def _efer(page: bytes) -> Evidence:
-    # What `efer_values` let pass.
+    # What the mark `EFER` let pass.
     return Evidence(4, f"EFER {_value(page, 'efer'):#x} has SVME and no undefined bit", "EFER")
 
 

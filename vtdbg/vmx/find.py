@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.evidence import Evidence
+from vtdbg.lanes import column, lanes, zero_lanes
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.vmx import layouts as vmcs_layouts
 from vtdbg.vmx.layout_map import SHADOW_BIT, Layout
-from vtdbg.vmx.plausibility import STRONG, judge_values
+from vtdbg.vmx.plausibility import STRONG, Masked, judge_values
 from vtdbg.vmx.vmcs import Vmcs
 
 DISTINCTIVE = 0x10000
@@ -22,6 +23,9 @@ DISTINCTIVE = 0x10000
 _HEADER = struct.Struct("<II")
 _ENOUGH = 5
 _ENOUGH_WITH_ABORT = 12
+_HEADER_SIZE = 12
+_MANY = 128
+"""Pages with one revision identifier that are asked together; fewer are faster one by one."""
 
 
 class RevisionFilter:
@@ -32,12 +36,9 @@ class RevisionFilter:
         self._only = layout is not None
         own = {number for item in self._extra for number in item.revision_ids}
         self.revision_ids: FrozenSet[int] = frozenset(own if self._only else own | set(vmcs_layouts.revision_ids()))
-        self._readers: Dict[int, List[_StrongFields]] = {}
-
-    @property
-    def first_dwords(self) -> FrozenSet[int]:
+        self.first_dwords: FrozenSet[int] = self.revision_ids | {number | SHADOW_BIT for number in self.revision_ids}
         """With and without the shadow-VMCS indicator."""
-        return self.revision_ids | {number | SHADOW_BIT for number in self.revision_ids}
+        self._readers: Dict[int, List[_StrongFields]] = {}
 
     def survivors(self, page: bytes) -> List[Layout]:
         """The layouts for which the page's control words, link pointer, host control registers and RFLAGS speak.
@@ -48,6 +49,28 @@ class RevisionFilter:
         revision = first & ~SHADOW_BIT
         needed = _ENOUGH_WITH_ABORT if abort > 0xFF and revision < DISTINCTIVE else _ENOUGH
         return [reader.layout for reader in self._of(revision) if reader.points(page) >= needed]
+
+    def worth_a_look(self, data: memoryview, first_dwords: Sequence[int]) -> bytes:
+        """For the pages of `data`, whose first dwords are given: 1 for each that can have survivors or be empty; one byte a page.
+
+        Never 0 for a page that has survivors or is empty.  Where many pages have one revision identifier, all are asked at once: memory can
+        hold nothing but pages that begin with a small number.
+        """
+        found = 0
+        revisions = Counter([first & ~SHADOW_BIT for first in first_dwords if first in self.first_dwords])
+        for revision, pages in revisions.items():
+            wanted = (revision, revision | SHADOW_BIT)
+            here = int.from_bytes(bytes([first in wanted for first in first_dwords]), "little")
+            if pages >= _MANY:
+                readers = self._of(revision)
+                fullest = max(readers, key=lambda reader: reader.strong)
+                asked = 0
+                for reader in readers:
+                    enough, blank = reader.of_all(data)
+                    asked |= enough | blank if reader is fullest else enough
+                here &= asked
+            found |= here
+        return found.to_bytes(len(first_dwords), "little")
 
     def reasons(self, page: bytes) -> Tuple[Optional[Layout], List[Evidence]]:
         """For a page without survivors: the layout that came nearest and what speaks against it."""
@@ -82,6 +105,8 @@ class _StrongFields:
             form += f"{offset - at}x{'IQ'[size == 8]}"
             at = offset + size
         self._struct = struct.Struct(form)
+        self._places = [(offset, size, STRONG[encoding]) for offset, size, encoding in places]
+        self.strong = len(places)
         self._rules = [(STRONG[encoding].judge, STRONG[encoding].good, STRONG[encoding].bad) for _, _, encoding in places]
         self._encodings = [encoding for _, _, encoding in places]
         self._needed = max(self._struct.size, layout.extent)
@@ -98,6 +123,27 @@ class _StrongFields:
                 verdict = judge(value)
                 total += good if verdict else bad if verdict is False else 0
         return total
+
+    def of_all(self, data: memoryview) -> Tuple[int, int]:
+        """(pages that can have enough points, pages in which no strong field is set) of `data`, whole pages; 1 in the lane (a byte) of each."""
+        count = len(data) // PAGE_SIZE
+        every = lanes(0x80, 1, count)
+        # A byte holds every sum: at most 57 points speak for a page, 47 against it.
+        total, blank = lanes(0x80 - _ENOUGH, 1, count), every
+        for offset, size, rule in self._places:
+            mask = rule.judge
+            assert isinstance(mask, Masked)
+            numbers = int.from_bytes(column(data, offset, size, PAGE_SIZE), "little")
+            zero, good = int.from_bytes(zero_lanes(numbers, size, count), "little"), 0
+            if not mask.wanted >> 8 * size:
+                differing = (numbers ^ lanes(mask.wanted, size, count)) & lanes(mask.mask & (1 << 8 * size) - 1, size, count)
+                good = int.from_bytes(zero_lanes(differing, size, count), "little")
+            total += (good >> 7) * rule.good
+            if mask.otherwise is None:
+                total += ((every ^ zero ^ good) >> 7) * rule.bad
+            if offset >= _HEADER_SIZE:
+                blank &= zero
+        return (total & every) >> 7, blank >> 7
 
     def values(self, page: bytes) -> Mapping[int, int]:
         return dict(zip(self._encodings, self._struct.unpack_from(page)))

@@ -31,6 +31,19 @@ class Rule:
     brief: str = ""
 
 
+class Masked:
+    """A judgement that is a comparison, so that a scan can make it for many pages at once: True where `value & mask == wanted` (which is not
+    0); `otherwise` judges the other values, never as True."""
+
+    def __init__(self, mask: int, wanted: int, otherwise: Optional[Judge] = None) -> None:
+        self.mask, self.wanted, self.otherwise = mask, wanted, otherwise
+
+    def __call__(self, value: int) -> Optional[bool]:
+        if value & self.mask == self.wanted:
+            return True
+        return False if self.otherwise is None else self.otherwise(value)
+
+
 PIN, PROC, EXIT, ENTRY = 0x4000, 0x4002, 0x400C, 0x4012
 
 DEFAULT1 = {PIN: 0x16, PROC: 0x04006172, EXIT: 0x36DFB, ENTRY: 0x11FB}
@@ -48,13 +61,18 @@ BASIC_REASONS = 96
 
 def _default1(encoding: int, brief: str) -> Rule:
     wanted = DEFAULT1[encoding]
-    return Rule((encoding,), 8, -6, lambda value: value & wanted == wanted, "has all default1 bits", f"lacks default1 bits ({wanted:#x})",
+    return Rule((encoding,), 8, -6, Masked(wanted, wanted), "has all default1 bits", f"lacks default1 bits ({wanted:#x})",
                 brief=brief)
 
 
-def _link(value: int) -> Optional[bool]:
+def _with(bits: int, defined: int) -> Masked:
+    """All of `bits` and nothing outside `defined`."""
+    return Masked(ALL_ONES & ~defined | bits, bits)
+
+
+def _other_link(value: int) -> Optional[bool]:
     # A page: a shadow VMCS may be linked.  0xffffffff: a 32-bit hypervisor that forgot the high half.
-    return True if value == ALL_ONES else None if value == 0xFFFFFFFF or is_page(value) else False
+    return None if value == 0xFFFFFFFF or is_page(value) else False
 
 
 def _cr3(value: int) -> bool:
@@ -97,15 +115,15 @@ _PAGES = (0x2000, 0x2002, 0x2004, 0x200E, 0x2012, 0x2014)
 RULES: Tuple[Rule, ...] = (
     _default1(PIN, "pin-based controls"), _default1(PROC, "primary controls"), _default1(EXIT, "VM-exit controls"),
     _default1(ENTRY, "VM-entry controls"),
-    Rule((0x2800,), 8, -6, _link, "is all ones", "is neither all ones nor the address of a page", brief="link pointer"),
-    Rule((0x6C00,), 6, -6, lambda value: value & 0x80000021 == 0x80000021 and not value & ~CR0_DEFINED, "has PE, NE and PG and no undefined bit",
+    Rule((0x2800,), 8, -6, Masked(ALL_ONES, ALL_ONES, _other_link), "is all ones", "is neither all ones nor the address of a page",
+         brief="link pointer"),
+    Rule((0x6C00,), 6, -6, _with(0x80000021, CR0_DEFINED), "has PE, NE and PG and no undefined bit",
          "lacks PE, NE or PG or has undefined bits", brief="host CR0"),
-    Rule((0x6C04,), 6, -6, lambda value: bool(_cr4(value)), "has VMXE and no undefined bit", "lacks VMXE or has undefined bits", brief="host CR4"),
+    Rule((0x6C04,), 6, -6, _with(1 << 13, CR4_DEFINED), "has VMXE and no undefined bit", "lacks VMXE or has undefined bits", brief="host CR4"),
     Rule((0x6C02,), 2, -4, _cr3, "is a physical address", "is no physical address", brief="host CR3"),
     Rule((0x6C16,), 3, -6, lambda value: canonical(value) and (True if value >= 0x1000 else None), "is canonical", "is not canonical",
          brief="host RIP"),
-    Rule((0x6820,), 5, -5, lambda value: value & 2 == 2 and not value & ~RFLAGS_DEFINED,
-         "has bit 1 and no reserved bit", "lacks bit 1 or has reserved bits", brief="RFLAGS"),
+    Rule((0x6820,), 5, -5, _with(2, RFLAGS_DEFINED), "has bit 1 and no reserved bit", "lacks bit 1 or has reserved bits", brief="RFLAGS"),
     Rule((0x6800,), 3, -4, lambda value: not value & ~CR0_DEFINED, "has no undefined bit", "has undefined bits", brief="CR0"),
     Rule((0x6804,), 3, -4, _cr4, "has VMXE and no undefined bit", "has undefined bits", brief="CR4"),
     Rule((0x6802,), 1, -3, _cr3, "is a physical address", "is no physical address", brief="CR3"),
