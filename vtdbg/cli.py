@@ -10,7 +10,7 @@ from vtdbg.commands.run import run_words
 from vtdbg.commands.session import Session
 from vtdbg.report import Report
 
-GLOBAL_FLAGS = ("-s", "--source", "--format", "--layout", "--caps", "--host-paging", "--inside", "--color", "--width")
+GLOBAL_FLAGS = ("-s", "--source", "--format", "--layout", "--caps", "--host-paging", "--inside", "--scan", "--color", "--width")
 
 
 def _render(report: Report, options: Dict[str, Any]) -> str:
