@@ -28,6 +28,10 @@ class Built(NamedTuple):
     initrd: Path
     ready: int
     """Where the VMM stops for the tests, a linear address of its process."""
+    smp_ready: int
+    """The same of the VMM for two processors."""
+    modules: Path
+    """KVM's modules as Debian ships them, with their BTF."""
 
 
 def require(*programs: str) -> None:
@@ -59,14 +63,15 @@ def build() -> Built:
     existing = sorted(CACHE.glob("linux-image-*-amd64"))
     tree = existing[-1] if existing else _unpack_kernel(_kernel_package())
     version = tree.name[len("linux-image-"):]
-    source = b"".join((HERE / name).read_bytes() for name in ("vmm.c", "init", "build.py"))
+    source = b"".join((HERE / name).read_bytes() for name in ("vmm.c", "init", "smp.c", "init_smp", "build.py"))
     target = CACHE / f"{version}-{hashlib.sha256(source).hexdigest()[:12]}"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             _make(tree, version, Path(folder))
             os.rename(folder, target)
             os.mkdir(folder)        # for the context manager to remove
-    return Built(tree / f"boot/vmlinuz-{version}", target / "initrd.gz", int((target / "ready").read_text(), 16))
+    return Built(tree / f"boot/vmlinuz-{version}", target / "initrd.gz", int((target / "ready").read_text(), 16), int((target / "smp_ready").read_text(), 16),
+                 tree / f"lib/modules/{version}/kernel/arch/x86/kvm")
 
 
 def _unpack_kernel(package: str) -> Path:
@@ -82,11 +87,14 @@ def _unpack_kernel(package: str) -> Path:
 
 def _make(tree: Path, version: str, folder: Path) -> None:
     _run(["gcc", "-O1", "-static", "-no-pie", "-o", "vmm", str(HERE / "vmm.c")], folder)
-    address = re.search(r"^([0-9a-f]+) T truth_ready$", _run(["nm", "vmm"], folder), re.M)
-    assert address is not None
-    (folder / "ready").write_text(address.group(1))
-    _run(["strip", "vmm"], folder)
-    files: Dict[str, Path] = {"bin/busybox": Path(shutil.which("busybox") or ""), "init": HERE / "init", "vmm": folder / "vmm"}
+    _run(["gcc", "-O1", "-static", "-no-pie", "-pthread", "-o", "smp", str(HERE / "smp.c")], folder)
+    for program, symbol, file in (("vmm", "truth_ready", "ready"), ("smp", "smp_ready", "smp_ready")):
+        address = re.search(rf"^([0-9a-f]+) T {symbol}$", _run(["nm", program], folder), re.M)
+        assert address is not None
+        (folder / file).write_text(address.group(1))
+    _run(["strip", "vmm", "smp"], folder)
+    files: Dict[str, Path] = {"bin/busybox": Path(shutil.which("busybox") or ""), "init": HERE / "init", "vmm": folder / "vmm",
+                              "init_smp": HERE / "init_smp", "smp": folder / "smp"}
     for module in MODULES:
         name = Path(module).name + ".ko"
         _run(["objcopy", "--strip-debug", "--remove-section", ".BTF", str(tree / f"lib/modules/{version}/kernel/{module}.ko"), name], folder)

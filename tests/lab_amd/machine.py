@@ -9,12 +9,14 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from . import build
 
 POINTS = ("vmrun", "guest", "exit")
 """At VMRUN; in the guest, after an exit for #UD; in the host just after #VMEXIT 0x400 (NPF)."""
+SMP_POINTS = ("one", "both", "nested")
+"""Processor 1 in vCPU 1 of VM A and processor 0 in the host; both in VM A; processor 1 in the guest of VM B's guest."""
 BOOT_PATIENCE = 400
 MEMORY = 96 << 20
 
@@ -23,6 +25,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _stage(script: str, environment: Dict[str, str], folder: Path, point: str, log: Callable[[], str]) -> Dict[str, Any]:
+    """What a gdb that runs `script` writes when it has taken the machine to `point`."""
+    command = ["gdb", "-q", "-nx", "-batch", "-x", str(build.HERE / script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BOOT_PATIENCE, check=False)
+    result = folder / "stage.json"
+    if not result.exists():
+        raise RuntimeError(f"the lab did not reach {point}: {done.stderr[-800:]}\n{log()[-800:]}")
+    state: Dict[str, Any] = json.loads(result.read_text())
+    result.unlink()
+    return state
 
 
 class Qemu:
@@ -95,6 +109,46 @@ class BareQemu(Qemu):
         super().__init__(folder, ["-m", "64M", "-smp", str(smp), *extra])
 
 
+class Smp(Qemu):
+    """KVM with two VMs on two processors (smp.c), the kernel at a random place.  `advance` takes it from point to point, in the order of SMP_POINTS."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = build.build()
+        self.state: Dict[str, Any] = {}
+        self.point = ""
+        super().__init__(folder, [
+            "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", "-smp", "2", "-m", f"{MEMORY >> 20}M", "-no-reboot", "-serial", f"file:{folder / 'serial.log'}",
+            "-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={folder / 'ram'},share=on", "-machine", "pc,memory-backend=ram0",
+            "-kernel", str(self.files.kernel), "-initrd", str(self.files.initrd), "-append",
+            "rdinit=/init_smp console=ttyS0,115200 norandmaps panic=-1 loglevel=4 random.trust_cpu=off"])
+
+    def advance(self, point: str) -> "Smp":
+        if self.point == point:
+            return self
+        if self.point and SMP_POINTS.index(point) < SMP_POINTS.index(self.point):
+            raise RuntimeError(f"the machine is past {point}: it is at {self.point}")
+        environment = {**os.environ, "LAB_PORT": str(self.port), "LAB_POINT": point, "LAB_READY": str(self.files.smp_ready),
+                       "LAB_LOG": str(self.folder / "serial.log"), "LAB_RESULT": str(self.folder / "stage.json"),
+                       "LAB_RESULT_SO_FAR": json.dumps(self.state)}
+        self.state = _stage("stage_smp.py", environment, self.folder, point, lambda: self.log)
+        self.point = point
+        return self
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "serial.log").read_text(errors="replace")
+
+    def truth(self, name: str) -> int:
+        """A number of the TRUTH lines: "pid_a", "hsave1", ..."""
+        found = re.search(rf"\b{name}=(0x[0-9a-f]+|\d+)", self.log)
+        assert found is not None, name
+        return int(found.group(1), 0)
+
+    def kallsyms(self) -> str:
+        """The lines of /proc/kallsyms that the kernel printed."""
+        return "".join(line + "\n" for line in re.findall(r"^KSYM (\w+ \w .*?)\r?$", self.log, re.M))
+
+
 class Lab(Qemu):
     """KVM with one guest.  `advance` takes it from point to point, in the order of POINTS only."""
 
@@ -117,12 +171,7 @@ class Lab(Qemu):
         environment = {**os.environ, "LAB_PORT": str(self.port), "LAB_POINT": point, "LAB_READY": str(self._ready),
                        "LAB_LOG": str(self.folder / "serial.log"), "LAB_RESULT": str(self.folder / "stage.json"),
                        "LAB_RESULT_SO_FAR": json.dumps(self.state)}
-        command = ["gdb", "-q", "-nx", "-batch", "-x", str(build.HERE / "stage.py")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BOOT_PATIENCE, check=False)
-        if not (self.folder / "stage.json").exists():
-            raise RuntimeError(f"the lab did not reach {point}: {done.stderr[-800:]}\n{self.log[-800:]}")
-        self.state = json.loads((self.folder / "stage.json").read_text())
-        (self.folder / "stage.json").unlink()
+        self.state = _stage("stage.py", environment, self.folder, point, lambda: self.log)
         self.point = point
         return self
 
