@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple, Type
 
 from vtdbg.errors import UsageError
+from vtdbg.targets.interrupts import held_back, let_through
 from vtdbg.targets.port import GENERAL, Port, TargetError, TargetGone, Unsupported
 
 WRONG_ARCHITECTURE = (
@@ -43,6 +44,7 @@ class GdbPort(Port):
     """A GDB, by its command line."""
 
     name = "GDB"
+    _ready_to_step = False
 
     @abstractmethod
     def execute(self, command: str) -> str:
@@ -64,8 +66,21 @@ class GdbPort(Port):
         self.execute(f"set var ${'eflags' if name == 'rflags' else name} = {value:#x}")
 
     def step(self) -> None:
-        with self._setting("scheduler-locking", "on"), self._setting("step-mode", "on"):
+        with self.stepping(), let_through():
             self.execute("stepi")
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        if self._ready_to_step:
+            yield
+            return
+        # A Ctrl-C between a setting and its being put back would leave it to the user.
+        with held_back(), self._setting("scheduler-locking", "on"), self._setting("step-mode", "on"):
+            self._ready_to_step = True
+            try:
+                yield
+            finally:
+                self._ready_to_step = False
 
     @contextmanager
     def _setting(self, name: str, value: str) -> Iterator[None]:
@@ -115,8 +130,8 @@ class GdbPort(Port):
         return {int(number): re.sub(r"\s{2,}.*|\s0x[0-9a-f]{8,}.*", "", title) for number, title in rows if "Target Id" not in title}
 
     def selected(self) -> Optional[int]:
-        found = re.search(r"^\*\s+(\d+)", self.execute("info threads"), re.M)
-        return int(found.group(1)) if found else None
+        # 0 where there is none.  `info threads` would ask the stub for the registers of every processor.
+        return int(self.execute("output $_thread").strip() or "0") or None
 
     def select(self, number: int) -> None:
         self.execute(f"thread {number}")

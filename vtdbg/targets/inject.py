@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
+from vtdbg.targets.interrupts import held_back, let_through
 from vtdbg.targets.port import GENERAL, Port, TargetError, TargetGone
 
 CF, ZF, TF, IF = 1 << 0, 1 << 6, 1 << 8, 1 << 9
@@ -59,7 +60,7 @@ class Injector:
     allowed: Callable[[], None]
     state: Optional[State] = None
     _patched: bytes = b""
-    _quiet: ExitStack = field(default_factory=ExitStack)
+    _around: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> "Injector":
         self.allowed()
@@ -74,12 +75,17 @@ class Injector:
         stack_at = (known["rsp"] - BELOW) & ~0xF
         code = self.port.read_virtual(known["rip"], 16)
         stack = self.port.read_virtual(stack_at, known["rsp"] - stack_at)
-        self._quiet.enter_context(self.port.quiet())
+        # From here to the end of `__exit__` a Ctrl-C waits, except in the steps themselves: the target is not as it was.
+        with ExitStack() as around:
+            around.enter_context(held_back())
+            around.enter_context(self.port.quiet())
+            around.enter_context(self.port.stepping())
+            self._around = around.pop_all()
         self.state = State(known, registers, code, stack_at, stack)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._quiet:
+        with self._around:
             self.restore()
 
     def run(self, code: bytes, inputs: Mapping[str, int], at: Optional[int] = None) -> Mapping[str, int]:
@@ -94,7 +100,8 @@ class Injector:
             self.port.write_virtual(start, code)
         for name, value in {"rflags": state.registers["rflags"] & ~(IF | TF), **inputs, "rip": start}.items():
             self.port.write_register(name, value)
-        self.port.step()
+        with let_through():
+            self.port.step()
         after = self.port.registers()
         if after.get("rip") != start + len(code):
             raise Fault(f"the instruction {code.hex()} did not complete (RIP {start:#x} became {after.get('rip') or 0:#x}): it faulted")

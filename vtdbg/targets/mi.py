@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from vtdbg.targets.gdbtext import GdbPort, error_of
+from vtdbg.targets.interrupts import let_through
 from vtdbg.targets.port import TargetError, TargetGone, unavailable
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class MiPort(GdbPort):
         return self._endpoint
 
     def step(self) -> None:
-        with self._setting("scheduler-locking", "on"):
+        with self.stepping(), let_through():
             self._until_stopped("-exec-step-instruction", self._patience)
 
     def _resume(self, timeout: Optional[float]) -> None:

@@ -110,12 +110,38 @@ class Port(ABC):
         """Look from another processor."""
         raise Unsupported(f"{self.name} cannot select a processor")
 
+    @contextmanager
+    def viewed_from(self, number: int) -> Iterator[None]:
+        """Looks from processor `number`; the user's own is selected again whatever happens, a Ctrl-C included."""
+        before = self.selected()
+        if before == number:
+            yield
+            return
+        interrupted: Optional[KeyboardInterrupt] = None
+        try:
+            self.select(number)
+            yield
+        finally:
+            while before is not None:
+                try:
+                    self.select(before)
+                    break
+                except KeyboardInterrupt as error:
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted
+
     def run_to(self, address: int, timeout: Optional[float] = None) -> bool:
         """Resume until an instruction at `address` is reached; False where the target stopped for another reason.
 
         Sets and removes its own breakpoint, and leaves the user's alone.  Only commands whose name says that they resume call this.
         """
         raise Unsupported(f"{self.name} cannot run to an address")
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The steps inside share what the debugger has to be told before them, and told again after them."""
+        yield
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
