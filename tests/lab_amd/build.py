@@ -70,7 +70,8 @@ def build() -> Built:
             _make(tree, version, Path(folder))
             os.rename(folder, target)
             os.mkdir(folder)        # for the context manager to remove
-    return Built(tree / f"boot/vmlinuz-{version}", target / "initrd.gz", int((target / "ready").read_text(), 16), int((target / "smp_ready").read_text(), 16),
+    return Built(tree / f"boot/vmlinuz-{version}", target / "initrd.gz",
+                 int((target / "ready").read_text(), 16), int((target / "smp_ready").read_text(), 16),
                  tree / f"lib/modules/{version}/kernel/arch/x86/kvm")
 
 

@@ -110,7 +110,7 @@ class BareQemu(Qemu):
 
 
 class Smp(Qemu):
-    """KVM with two VMs on two processors (smp.c), the kernel at a random place.  `advance` takes it from point to point, in the order of SMP_POINTS."""
+    """KVM with two VMs on two processors (smp.c), the kernel at a random place.  `advance` goes from point to point, in the order of SMP_POINTS."""
 
     def __init__(self, folder: Path) -> None:
         self.files = build.build()

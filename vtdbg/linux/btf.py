@@ -53,6 +53,8 @@ class Btf:
 
     def __init__(self, data: bytes, base: "Optional[Btf]" = None, name: str = "BTF") -> None:
         self.name, self.base = name, base
+        self.end: int
+        self.string_end: int
         try:
             magic, _, _, header, types_at, types_size, strings_at, strings_size = struct.unpack_from("<HBBIIIII", data)
         except struct.error:

@@ -15,6 +15,8 @@ _STRING, _REF, _SIZE, _FLAG, _UDATA, _SDATA, _BYTE = 0x08, 0x13, 0x06, 0x19, 0x0
 _NAME, _BYTES, _TYPE, _DECLARATION, _EXTERNAL, _PLACE, _BIT_SIZE, _BIT_PLACE = 0x03, 0x0B, 0x49, 0x3C, 0x3F, 0x38, 0x0D, 0x6B
 _ENCODING, _COUNT, _VALUE, _LANGUAGE, _PRODUCER, _PROTOTYPED = 0x3E, 0x37, 0x1C, 0x13, 0x25, 0x27
 _C99 = 0x0C
+_NO, _YES = 0, 1
+"""DW_CHILDREN_no, DW_CHILDREN_yes."""
 _BOOLEAN, _FLOAT, _SIGNED, _UNSIGNED, _SIGNED_CHAR, _UNSIGNED_CHAR = 2, 4, 5, 7, 6, 8
 
 
@@ -22,34 +24,34 @@ class _Form(NamedTuple):
     """An abbreviation: the tag, whether children follow, and its attributes with their forms."""
 
     tag: int
-    children: bool
+    children: int
     attributes: Tuple[Tuple[int, int], ...]
 
 
 _NAMED, _TYPED, _SIZED = (_NAME, _STRING), (_TYPE, _REF), (_BYTES, _SIZE)
 _FORMS: Mapping[str, _Form] = {
-    "unit": _Form(0x11, True, ((_PRODUCER, _STRING), (_LANGUAGE, _BYTE), _NAMED)),
-    "INT": _Form(0x24, False, (_NAMED, _SIZED, (_ENCODING, _BYTE))),
-    "PTR": _Form(0x0F, False, (_SIZED, _TYPED)),
-    "PTR to void": _Form(0x0F, False, (_SIZED,)),
-    "TYPEDEF": _Form(0x16, False, (_NAMED, _TYPED)),
-    "TYPEDEF of void": _Form(0x16, False, (_NAMED,)),
-    "CONST": _Form(0x26, False, (_TYPED,)), "CONST of void": _Form(0x26, False, ()),
-    "VOLATILE": _Form(0x35, False, (_TYPED,)), "VOLATILE of void": _Form(0x35, False, ()),
-    "RESTRICT": _Form(0x37, False, (_TYPED,)), "RESTRICT of void": _Form(0x37, False, ()),
-    "STRUCT": _Form(0x13, True, (_NAMED, _SIZED)), "STRUCT without name": _Form(0x13, True, (_SIZED,)),
-    "UNION": _Form(0x17, True, (_NAMED, _SIZED)), "UNION without name": _Form(0x17, True, (_SIZED,)),
-    "STRUCT declared": _Form(0x13, False, (_NAMED, (_DECLARATION, _FLAG))),
-    "UNION declared": _Form(0x17, False, (_NAMED, (_DECLARATION, _FLAG))),
-    "ENUM": _Form(0x04, True, (_NAMED, _SIZED)), "ENUM without name": _Form(0x04, True, (_SIZED,)),
-    "enumerator": _Form(0x28, False, (_NAMED, (_VALUE, _SDATA))),
-    "ARRAY": _Form(0x01, True, (_TYPED,)),
-    "range": _Form(0x21, False, ((_COUNT, _UDATA),)),
-    "FUNC_PROTO": _Form(0x15, False, ((_PROTOTYPED, _FLAG),)),
-    "member": _Form(0x0D, False, (_NAMED, _TYPED, (_PLACE, _UDATA))),
-    "member without name": _Form(0x0D, False, (_TYPED, (_PLACE, _UDATA))),
-    "bits": _Form(0x0D, False, (_NAMED, _TYPED, (_BIT_SIZE, _UDATA), (_BIT_PLACE, _UDATA))),
-    "variable": _Form(0x34, False, (_NAMED, _TYPED, (_EXTERNAL, _FLAG), (_DECLARATION, _FLAG))),
+    "unit": _Form(0x11, _YES, ((_PRODUCER, _STRING), (_LANGUAGE, _BYTE), _NAMED)),
+    "INT": _Form(0x24, _NO, (_NAMED, _SIZED, (_ENCODING, _BYTE))),
+    "PTR": _Form(0x0F, _NO, (_SIZED, _TYPED)),
+    "PTR to void": _Form(0x0F, _NO, (_SIZED,)),
+    "TYPEDEF": _Form(0x16, _NO, (_NAMED, _TYPED)),
+    "TYPEDEF of void": _Form(0x16, _NO, (_NAMED,)),
+    "CONST": _Form(0x26, _NO, (_TYPED,)), "CONST of void": _Form(0x26, _NO, ()),
+    "VOLATILE": _Form(0x35, _NO, (_TYPED,)), "VOLATILE of void": _Form(0x35, _NO, ()),
+    "RESTRICT": _Form(0x37, _NO, (_TYPED,)), "RESTRICT of void": _Form(0x37, _NO, ()),
+    "STRUCT": _Form(0x13, _YES, (_NAMED, _SIZED)), "STRUCT without name": _Form(0x13, _YES, (_SIZED,)),
+    "UNION": _Form(0x17, _YES, (_NAMED, _SIZED)), "UNION without name": _Form(0x17, _YES, (_SIZED,)),
+    "STRUCT declared": _Form(0x13, _NO, (_NAMED, (_DECLARATION, _FLAG))),
+    "UNION declared": _Form(0x17, _NO, (_NAMED, (_DECLARATION, _FLAG))),
+    "ENUM": _Form(0x04, _YES, (_NAMED, _SIZED)), "ENUM without name": _Form(0x04, _YES, (_SIZED,)),
+    "enumerator": _Form(0x28, _NO, (_NAMED, (_VALUE, _SDATA))),
+    "ARRAY": _Form(0x01, _YES, (_TYPED,)),
+    "range": _Form(0x21, _NO, ((_COUNT, _UDATA),)),
+    "FUNC_PROTO": _Form(0x15, _NO, ((_PROTOTYPED, _FLAG),)),
+    "member": _Form(0x0D, _NO, (_NAMED, _TYPED, (_PLACE, _UDATA))),
+    "member without name": _Form(0x0D, _NO, (_TYPED, (_PLACE, _UDATA))),
+    "bits": _Form(0x0D, _NO, (_NAMED, _TYPED, (_BIT_SIZE, _UDATA), (_BIT_PLACE, _UDATA))),
+    "variable": _Form(0x34, _NO, (_NAMED, _TYPED, (_EXTERNAL, _FLAG), (_DECLARATION, _FLAG))),
 }
 _CODES = {name: code for code, name in enumerate(_FORMS, 1)}
 
@@ -228,12 +230,13 @@ def elf_file(units: Sequence[bytes], addresses: Mapping[str, int], functions: Ma
     """An ELF file for x86-64 with these compilation units and symbols; nothing in it is loaded."""
     names, symbols = bytearray(b"\0"), bytearray(24)
     # STB_GLOBAL; variables are STT_OBJECT and SHN_ABS, functions STT_FUNC in the section of code, so that a debugger sets breakpoints there.
-    for table, kind, section in ((addresses, 1, 0xFFF1), (functions, 2, 1)):
-        for name, address in table.items():
+    for group, kind, section in ((addresses, 1, 0xFFF1), (functions, 2, 1)):
+        for name, address in group.items():
             symbols += struct.pack("<IBBHQQ", len(names), 1 << 4 | kind, 0, section, address, 0)
             names += name.encode("ascii", "replace") + b"\0"
     # GDB 13 crashes on symbols of a file that has no section of code.
-    rows = [("", 0, b"", 0, 0, 0), (".text", 1, b"", 0, 0, 0), (".debug_info", 1, b"".join(units), 0, 0, 0), (".debug_abbrev", 1, _abbreviations(), 0, 0, 0),
+    rows = [("", 0, b"", 0, 0, 0), (".text", 1, b"", 0, 0, 0),
+            (".debug_info", 1, b"".join(units), 0, 0, 0), (".debug_abbrev", 1, _abbreviations(), 0, 0, 0),
             (".symtab", 2, bytes(symbols), 5, 1, 24), (".strtab", 3, bytes(names), 0, 0, 0), (".shstrtab", 3, b"", 0, 0, 0)]
     titles, places = bytearray(), []
     for title, *_ in rows:
@@ -242,7 +245,8 @@ def elf_file(units: Sequence[bytes], addresses: Mapping[str, int], functions: Ma
     rows[-1] = (".shstrtab", 3, bytes(titles), 0, 0, 0)
     body, table = bytearray(64), bytearray()
     for (title, kind, data, link, info, size), place in zip(rows, places):
-        table += struct.pack("<IIQQQQIIQQ", place, kind, 6 if title == ".text" else 0, 0, len(body) if kind else 0, len(data), link, info, 1 if kind else 0, size)
+        flags, at, align = (6 if title == ".text" else 0), (len(body) if kind else 0), (1 if kind else 0)
+        table += struct.pack("<IIQQQQIIQQ", place, kind, flags, 0, at, len(data), link, info, align, size)
         body += data
     body += bytes(-len(body) % 8)
     struct.pack_into("<4sBBB9xHHIQQQIHHHHHH", body, 0, b"\x7fELF", 2, 1, 1, 2, 62, 1, 0, 0, len(body), 0, 64, 56, 0, 64, len(rows), len(rows) - 1)

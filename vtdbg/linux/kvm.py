@@ -243,7 +243,7 @@ def _processors(kernel: Kernel, vendor: str, vcpus: Dict[int, Vcpu], notes: List
             vcpu = vcpus.get(running)
             yield (_svm_cpu if vendor == "svm" else _vmx_cpu)(kernel, number, offset, vcpu, vcpus)
         except (MemoryUnavailable, UsageError) as error:
-            notes.append(f"processor {number}: {error}")
+            notes.append(f"CPU {number}: {error}")
             yield CpuState(number, offset)
 
 
@@ -255,7 +255,7 @@ def _svm_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcp
     current = vcpu.current if vcpu is not None else None
     if vcpu is not None and current is not None:
         # Not svm_data.current_vmcb: that is what was loaded last, and stays when a vCPU goes over to vmcb02.
-        return CpuState(number, offset, current.address, "vmcb", f"kvm_running_vcpu of processor {number}: {vcpu.title}, {current.name}",
+        return CpuState(number, offset, current.address, "vmcb", f"kvm_running_vcpu of CPU {number}: {vcpu.title}, {current.name}",
                         vcpu, save_area)
     pointer = kernel.pointer(data, "svm_cpu_data", "current_vmcb") if data and kernel.symbols.has("svm_cpu_data", "current_vmcb") else 0
     address = kernel.physical(pointer) if pointer else None
@@ -263,7 +263,7 @@ def _svm_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcp
         return CpuState(number, offset, save_area=save_area)
     owner, name = _owner(address, vcpus)
     whose = f": {owner.title}, {name}" if owner is not None else ""
-    return CpuState(number, offset, address, "vmcb", f"svm_data.current_vmcb of processor {number}, loaded last{whose}", owner, save_area)
+    return CpuState(number, offset, address, "vmcb", f"svm_data.current_vmcb of CPU {number}, loaded last{whose}", owner, save_area)
 
 
 def _vmx_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcpus: Dict[int, Vcpu]) -> CpuState:
@@ -273,7 +273,7 @@ def _vmx_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcp
         return CpuState(number, offset, vcpu=vcpu)
     owner, name = _owner(address, vcpus)
     whose = f": {owner.title}, {name}" if owner is not None else ""
-    return CpuState(number, offset, address, "vmcs", f"current_vmcs of processor {number}{whose}", owner or vcpu)
+    return CpuState(number, offset, address, "vmcs", f"current_vmcs of CPU {number}{whose}", owner or vcpu)
 
 
 def _owner(address: int, vcpus: Dict[int, Vcpu]) -> Tuple[Optional[Vcpu], str]:

@@ -12,7 +12,8 @@ from vtdbg.targets import stub as stubs
 from vtdbg.targets.fast import FastMemory, NoFastPath, fast_memory
 from vtdbg.targets.physical import PAGES_IN_CACHE, NoMemory, PhysicalMode, PortMemory, StubMemory
 from vtdbg.targets.port import Port, TargetError, TargetGone, Unsupported
-from vtdbg.targets.where import Block, Where, decide, of_host_save_area, of_vmcb, of_vmcs
+from vtdbg.targets.processors import Current, Processors
+from vtdbg.targets.where import Block, Where, of_host_save_area, of_vmcb, of_vmcs
 
 SCANNED = 16 << 20
 """Bytes of RAM that are searched for control blocks without being asked, where every byte comes through the stub."""
@@ -46,10 +47,6 @@ class LiveMemory(PhysicalMemory):
     def remote(self) -> bool:
         return self.memory.remote
 
-    @property
-    def remote(self) -> bool:
-        return self.memory.remote
-
     def drop(self) -> None:
         self._machine.stale = True
         if isinstance(self.memory, CachedMemory):
@@ -68,7 +65,9 @@ class LiveMachine(Machine):
         self.dialect = stubs.probe(port)
         self.mode = PhysicalMode(port, self.dialect)
         self.where = Where("unknown", "not looked at yet")
-        self.stale = True
+        self.stale, self._searched = True, False
+        self._number: Optional[int] = -1
+        self.processors = Processors(self, port)
         self.places: List[Tuple[str, int]] = list(places)
         self._left = self._mode_notes()
         self._fast, self._map, self._map_is_new = fast, "", True
@@ -139,31 +138,52 @@ class LiveMachine(Machine):
         return self.where.host if self.where.mode != "unknown" else {}
 
     def refresh(self) -> None:
-        """Finds out again where the selected processor is; nothing where the target has not run since."""
-        if not self.stale:
+        """Finds out again where the selected processor is; nothing where the target has not run and no other processor was selected since."""
+        number = self.port.selected()
+        if not self.stale and number == self._number:
             return
         with self.reading():
-            self._mapped_anew()
-            live = self.registers()
-            self.where = self._where(live)
-        number = self.port.selected()
+            if self.stale:
+                self.processors.forget()
+                self._searched = False
+                self._mapped_anew()
+            seen = self.processors.selected()
+        self.where, self._number = seen.where, number
         self.cpus = [Cpu(0 if number is None else number, self.where.host, f"{self.port.name}, {self.where.host_source}")]
         whose = f", processor {number}" if number is not None else ""
-        self.provenance = f"live, {self.dialect.title} at {self.name}{whose}: {self.where.text}"
-        self.warnings = [*self._left, *self.where.notes]
+        current = seen.current
+        by_kvm = f"; current is the {current.kind.upper()} at {current.address:#x}: {current.evidence}" if current is not None else ""
+        self.provenance = f"live, {self.dialect.title} at {self.name}{whose}: {self.where.text}{by_kvm}"
+        self.warnings = [*self._left, *self.where.notes, *([seen.conflict] if seen.conflict else []), *self.processors.notes]
         self.stale = False
 
-    def _where(self, live: "Dict[str, Optional[int]]") -> Where:
-        if isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, NoMemory):
-            return Where("unknown", "control blocks cannot be read to compare with")
-        blocks = self._blocks_at(self.places)
-        found = decide(live, blocks)
-        if found.mode != "unknown":
-            return found
+    def current(self, kind: str) -> Optional[Current]:
+        self.refresh()
+        found = self.processors.selected().current
+        return found if found is not None and found.kind == kind else None
+
+    @property
+    def readable(self) -> bool:
+        """Is there a way to physical memory?"""
+        return not (isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, NoMemory))
+
+    def blocks(self) -> List[Block]:
+        """The control blocks that are known, as they are in memory now."""
+        return self._blocks_at(self.places)
+
+    def add_place(self, kind: str, address: int) -> None:
+        if (kind, address) not in self.places:
+            self.places.append((kind, address))
+
+    def search(self) -> str:
+        """Searches the memory for control blocks, once a stop; says why, where that is not done unasked."""
         if not self._searchable():
-            return Where("unknown", NOT_SEARCHED)
-        self.places = self._search()
-        return decide(live, self._blocks_at(self.places))
+            return NOT_SEARCHED
+        if self._searched:
+            return ""
+        found, self._searched = self._search(), True
+        self.places = [*found, *(place for place in self.places if place not in found)]
+        return ""
 
     def _searchable(self) -> bool:
         ranges = self.memory.ranges()

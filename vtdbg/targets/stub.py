@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 from vtdbg.memory.base import Range, merge_ranges
 from vtdbg.targets.port import Port, TargetError, TargetGone
@@ -110,11 +110,59 @@ def info_registers(text: str) -> Dict[str, int]:
     return found
 
 
+_HEADING = re.compile(r"^CPU#(\d+)\s*$", re.M)
+_GENERAL = re.compile(r"\b([RE](?:AX|BX|CX|DX|SI|DI|BP|SP|IP)|R\d+)\s*=\s*([0-9a-f]+)")
+
+
+def sections(text: str) -> Dict[int, str]:
+    """`monitor info registers -a` by the number of QEMU's processor; a QEMU that knows no -a shows one, without a heading: 0."""
+    parts = _HEADING.split(text)
+    return {int(parts[at]): parts[at + 1] for at in range(1, len(parts), 2)} or {0: text}
+
+
+def of_processor(text: str, live: Mapping[str, Optional[int]], number: Callable[[], Optional[int]] = lambda: None) -> Dict[str, int]:
+    """What the monitor says of the processor with the general registers `live`; empty where no processor has them.
+
+    The monitor has a processor of its own, the first one, whichever thread the debugger has selected.  `number` (QEMU's number of the thread)
+    is asked only where several processors have the same registers and different tables.
+    """
+    same = {cpu: section for cpu, section in sections(text).items() if _same_registers(section, live)}
+    found = {cpu: info_registers(section) for cpu, section in same.items()}
+    first = next(iter(found.values()), {})
+    if all(item == first for item in found.values()):
+        return first
+    mine = number()
+    return {} if mine is None else found.get(mine, {})
+
+
+def _same_registers(section: str, live: Mapping[str, Optional[int]]) -> bool:
+    compared = False
+    for name, shown in _GENERAL.findall(section):
+        wide = name.startswith("R")
+        mine = live.get(name.lower() if wide else "r" + name[1:].lower())
+        if mine is None:
+            continue
+        if int(shown, 16) != (mine if wide else mine & 0xFFFFFFFF):
+            return False
+        compared = True
+    return compared
+
+
+_NUMBER = re.compile(r"\bCPU\s?#(\d+)")
+
+
+def number_in(title: str) -> Optional[int]:
+    """QEMU's number of a processor in the name that its stub gives the thread ("CPU#1 [running]")."""
+    found = _NUMBER.search(title)
+    return int(found.group(1)) if found else None
+
+
 def all_registers(port: Port, dialect: Dialect) -> Mapping[str, Optional[int]]:
-    """The port's registers with what the monitor adds; absent is unknown."""
+    """The port's registers with what the monitor adds of the same processor; absent is unknown."""
     registers = dict(port.registers())
     if dialect.name == "qemu":
-        for name, value in info_registers(_monitor(port, "info registers")).items():
+        text = _monitor(port, "info registers -a") or _monitor(port, "info registers")
+        for name, value in of_processor(text, registers, lambda: number_in(port.processors().get(port.selected() or 0, ""))).items():
             if registers.get(name) is None:
                 registers[name] = value
     return registers

@@ -58,6 +58,8 @@ class Where:
     notes: Tuple[str, ...] = ()
     candidates: Tuple[Block, ...] = ()
     """Guest mode: the control blocks whose guest it can be, where that is not decided (`block` is None then)."""
+    area: Optional[int] = None
+    """The processor's host save area (SVM), where it was found."""
 
     @property
     def text(self) -> str:
@@ -160,7 +162,8 @@ def _host(live: Registers, hosts: Sequence[Block], blocks: Sequence[Block]) -> W
     if len(ran) == 1:
         block = hosts[0] if hosts[0].kind == "vmcs" else _of_address(blocks, hosts[0].block)
     others = f" and {len(hosts) - 1} more" if len(hosts) > 1 else ""
-    return Where("host", f"{_by(live)} the host's, by the {hosts[0].title}{others}", block, host, "live", tuple(notes))
+    area = hosts[0].address if len(hosts) == 1 and hosts[0].kind == "hsave" else None
+    return Where("host", f"{_by(live)} the host's, by the {hosts[0].title}{others}", block, host, "live", tuple(notes), area=area)
 
 
 def _guest(live: Registers, guests: Sequence[Block], blocks: Sequence[Block], elsewhere: Sequence[int]) -> Where:
@@ -171,20 +174,23 @@ def _guest(live: Registers, guests: Sequence[Block], blocks: Sequence[Block], el
         ran = {block.block for block in blocks if block.kind == "hsave" and block.address not in elsewhere}
         guests = [block for block in guests if block.address in ran] or guests
         same = [block for block in guests if _same_task(live, block.guest)]
-        by = ", and TR" if same and len(same) < len(guests) else ""
+        by = ", and so is TR" if same and len(same) < len(guests) else ""
         guests = same or guests
     if len(guests) > 1:
         listed = ", ".join(f"{block.address:#x}" for block in guests[:8]) + (" ..." if len(guests) > 8 else "")
         return Where("guest", f"{_by(live)} {_those(live)} of the guests of several {guests[0].kind.upper()}s: {listed}",
                      candidates=tuple(guests))
-    return guest_of(live, guests[0], blocks, by)
+    return guest_of(live, guests[0], blocks, by, elsewhere)
 
 
-def guest_of(live: Registers, found: Block, blocks: Sequence[Block], by: str = "") -> Where:
+def guest_of(live: Registers, found: Block, blocks: Sequence[Block], by: str = "", elsewhere: Sequence[int] = ()) -> Where:
     """In the guest of `found`; `by` says what else than the tables decided."""
-    area = next((block for block in blocks if block.kind == "hsave" and block.block == found.address), None)
+    areas = [block for block in blocks if block.kind == "hsave" and block.block == found.address and block.address not in elsewhere]
+    # A vCPU that moved left its VMCB's address in the save area of the processor that it came from, too.
+    area = areas[0] if len(areas) == 1 else None
     saved, source = (found.host, found.title) if found.host else (area.host, area.title) if area is not None else ({}, "")
-    return Where("guest", f"{_by(live)} {_those(live)} of the guest of the {found.title}{by}", found, saved, source)
+    return Where("guest", f"{_by(live)} {_those(live)} of the guest of the {found.title}{by}", found, saved, source,
+                 area=None if area is None else area.address)
 
 
 def _same_task(live: Registers, side: Registers) -> bool:

@@ -8,6 +8,7 @@ from vtdbg.machine import Cpu, Machine
 from vtdbg.numbers import size_text
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.physical import PhysicalMode
+from vtdbg.targets.processors import Current
 from vtdbg.targets.stub import Dialect
 from vtdbg.targets.where import Where, decide
 from vtdbg_windbg.port import NO_MSRS, DbgEngPort
@@ -55,6 +56,9 @@ class DbgEngMachine(LiveMachine):
         if self.stale:
             self.where = decide(self.port.registers(), self._blocks_at(self.places))
             self.stale = False
+
+    def current(self, kind: str) -> Optional[Current]:
+        return None
 
     def release(self) -> None:
         """The session is the debugger's: nothing is let go of."""
