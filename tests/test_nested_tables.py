@@ -184,7 +184,8 @@ def said(builder: TableBuilder, inputs: Inputs = NOTHING, eptp: int = 0x1E) -> D
 
 def test_without_inputs_nothing_is_claimed() -> None:
     found = said(identity(split=()))
-    assert {name for name, remarks in found.items() if remarks[0].verdict == "undecided"} == {"ram", "mtrr", "control-pages", "suppress-ve"}
+    assert {name for name, remarks in found.items() if remarks[0].verdict == "undecided"} == {
+        "frames", "ram", "mtrr", "control-pages", "suppress-ve"}
     assert all(remark.missing for remarks in found.values() for remark in remarks if remark.verdict == "undecided")
 
 

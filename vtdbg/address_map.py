@@ -60,8 +60,8 @@ class AddressMap:
     found: Enumeration
 
 
-def address_map(found: Enumeration, limit: int = PIECES) -> AddressMap:
-    """Everything that `found` enumerates, in at most `limit` pieces (64 or more)."""
+def address_map(found: Enumeration, limit: int = PIECES, rows: Optional[Iterable[Range]] = None) -> AddressMap:
+    """Everything that `found` enumerates, in at most `limit` pieces (64 or more).  `rows` is `found` itself, or what watches it."""
     if limit < 64:
         raise UsageError(f"a map of {limit} pieces is no picture: at least 64")
     known: Dict[Tuple[int, int, int], Tuple[Meaning]] = {}
@@ -70,7 +70,7 @@ def address_map(found: Enumeration, limit: int = PIECES) -> AddressMap:
     count = 0
     # The last piece, in variables: a large structure has millions of ranges, and most of them only make it longer.
     first, end, mapped, meanings, target, ranges = 0, -1, 0, _NONE, None, 0
-    for row in found:
+    for row in found if rows is None else rows:
         start, goes_to, length = row[0], row[1], row[2]
         count += 1
         key = row[4], row[5], row[3]

@@ -24,6 +24,9 @@ WORK_LIMIT = 1 << 23
 """Runs of pages (and tables, times _TABLE_WORK) that are enumerated before giving up: a table that contains itself has more pages than
 anybody can list."""
 _TABLE_WORK = 64
+REPEATED_LIMIT = 1 << 20
+"""Of that, what may be spent on tables that were seen before.  Tables are shared (1 GiB of one repeated page is 262,144 runs), but where most of
+the work is old tables in new places, there is nothing to learn from more of it: a second or two instead of half a minute."""
 PROBLEM_LIMIT = 10_000
 _CACHE_ITEMS = 1 << 15
 _UNMERGED = ("A", "D")
@@ -57,7 +60,7 @@ class Range(NamedTuple):
 
     @property
     def memory_type(self) -> str:
-        return memory_type_of(self.kind.bits, self.attributes)
+        return _memory_type(self.kind, self.attributes)
 
     @property
     def pages(self) -> int:
@@ -66,8 +69,20 @@ class Range(NamedTuple):
     @property
     def flags(self) -> Tuple[str, ...]:
         """Identifiers of the attributes that are 1, without the memory type."""
-        return tuple(row.ident for row in self.kind.bits.fields
-                     if row.kind in ("flag", "number") and row.mask & self.attributes and row.ident not in ("PWT", "PCD", "PAT"))
+        return _flags(self.kind, self.attributes)
+
+
+# Of millions of ranges few differ in these.
+
+@lru_cache(maxsize=1024)
+def _memory_type(kind: EntryKind, attributes: int) -> str:
+    return memory_type_of(kind.bits, attributes)
+
+
+@lru_cache(maxsize=1024)
+def _flags(kind: EntryKind, attributes: int) -> Tuple[str, ...]:
+    return tuple(row.ident for row in kind.bits.fields
+                 if row.kind in ("flag", "number") and row.mask & attributes and row.ident not in ("PWT", "PCD", "PAT"))
 
 
 class Leaf(NamedTuple):
@@ -302,13 +317,14 @@ class Enumeration:
     """All pages of a structure (an `Ept`, `Npt` or `Paging`) between `first` and `last` (inclusive), in address order.
 
     Iterating yields `Range` rows; `leaves()` yields every `Leaf`.  Each iteration starts afresh and fills `problems` (at most PROBLEM_LIMIT of
-    them, `problem_count` counts all), `withheld` (at most PROBLEM_LIMIT), `tables_read`, `table_levels` (the level of each table by its
-    address) and `pages` (how many of each size).  A row need not be mapped for everybody: a page
-    to which the entries together grant nothing has permissions "---".
+    them and the one of kind "limit", `problem_count` counts all), `withheld` (at most PROBLEM_LIMIT), `tables_read`, `table_levels` (the level
+    of each table by its address) and `pages` (how many of each size).  A row need not be mapped for everybody: a page to which the entries
+    together grant nothing has permissions "---".
 
     `apart` names bits that keep ranges apart although they are usually of no interest: {"A", "D"}.  `ignore_page_size` merges across page
-    sizes (the smallest is then given).  `limit` bounds the work (runs, and tables, which count as 64): a table that contains itself
-    ends with a problem of kind "limit", and `complete` stays False.  Memory stays bounded whatever the tables hold.
+    sizes (the smallest is then given).  `limit` bounds the work (runs, and tables, which count as 64), and REPEATED_LIMIT that on tables seen
+    before: a table that contains itself ends with a problem of kind "limit", and `complete` stays False.  Memory stays bounded whatever the
+    tables hold.
 
     Raises UsageError where the range is empty or paging is off.
     """
@@ -336,6 +352,7 @@ class Enumeration:
         self._barren: Set[Tuple[int, int]] = set()
         self._reported: Set[Tuple[int, int, int]] = set()
         self._loops: Set[int] = set()
+        self._repeated = 0
 
     def __iter__(self) -> Iterator[Range]:
         held: Optional[Range] = None
@@ -378,7 +395,7 @@ class Enumeration:
         top = self._table(shapes, stack, structure.root, None, 0)
         stack.append(_Frame(0, structure.root, iter(top), 0, tables.rights_mask, None, whole=False, rows_before=0))
         inverted, pages, new = tables.inverted, self.pages, tuple.__new__
-        rows, visited = 0, len(top)
+        rows, visited, reached = 0, len(top), first
         while stack:
             frame = stack[-1]
             depth, whole, base, granted, shape = frame.depth, frame.whole, frame.base, frame.rights, shapes[frame.depth]
@@ -423,21 +440,23 @@ class Enumeration:
                         self.withheld.append(Withheld(start, length, granted & ~rights, _path(stack, at)))
                     stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, first <= start and start + length - 1 <= last, rows))
                     visited += len(runs)
-                    entered = True
+                    entered, reached = True, start
                     break
                 else:
                     self._broken(stack, shape.level, (index, entries, entry, what), start)
             if batch:
                 pages[page_size] = pages.get(page_size, 0) + (sum([row[2] for row in batch]) >> shift)
+                reached = batch[-1][0] + batch[-1][2]
                 # Runs that lie side by side differ in some bit; where the tables above take no right away, that bit counts.
                 yield batch, table_at, granted == tables.rights_mask
             if not entered:
                 stack.pop()
                 if whole and rows == frame.rows_before:
                     self._barren.add((frame.table, depth))
-            if visited + _TABLE_WORK * self.tables_read > self._limit:
-                self._problem(Problem("limit", base, 0, f"given up at {base:#x} after {rows} runs of pages in {self.tables_read} tables; "
-                                      "give a smaller range, or a higher limit"))
+            if visited + _TABLE_WORK * self.tables_read > self._limit or self._repeated > REPEATED_LIMIT:
+                # Whoever compares or sums up has to know: this one is kept however many there are.
+                self.problem_count += 1
+                self.problems.append(self._given_up(reached, rows))
                 return
         self.complete = True
 
@@ -447,9 +466,12 @@ class Enumeration:
         known = self._seen.get((table, depth))
         if known is not None:
             self._seen.move_to_end((table, depth))
+            self._repeated += len(known) + 1
             return known
         shape, registers = shapes[depth], self._structure.registers
         self.tables_read += 1
+        if table in self.table_levels:
+            self._repeated += _TABLE_WORK
         if depth or registers is None:
             self.table_levels.setdefault(table, shape.level.number)
         try:
@@ -472,6 +494,12 @@ class Enumeration:
             _, dropped = self._seen.popitem(last=False)
             self._kept -= len(dropped) + 1
         return runs
+
+    def _given_up(self, at: int, rows: int) -> Problem:
+        words = f"given up at {at:#x} after {rows} runs of pages in {self.tables_read} tables"
+        if self._repeated > REPEATED_LIMIT:
+            return Problem("limit", at, 0, f"{words}: the same tables are reached again and again; give a smaller range")
+        return Problem("limit", at, 0, f"{words}; give a smaller range, or a higher limit")
 
     def _beginning(self, table: int, size: int) -> bytes:
         try:

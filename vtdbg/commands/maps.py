@@ -7,7 +7,9 @@ from typing import List, Optional, Sequence
 from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, WORK_LIMIT, AddressMap, Gap, address_map, chart, marked
 from vtdbg.commands.ept import EPTP, VMCS
 from vtdbg.commands.nested import RANGE, Root, ept_roots, npt_roots, title_of
+from vtdbg.commands.nested_dump import interrupted
 from vtdbg.commands.npt import NCR3, VMCB
+from vtdbg.commands.progress import Watched
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
@@ -49,10 +51,13 @@ def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optio
     report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges",
                       "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
     for root in roots:
-        picture = address_map(Enumeration(session.machine.memory, root.tables, first, end - 1, limit=WORK_LIMIT))
+        found = Enumeration(session.machine.memory, root.tables, first, end - 1, limit=WORK_LIMIT)
+        every = Watched(found, session, lambda count, row: f"{count} ranges, at {row.start:#x}")
+        picture = address_map(found, rows=every)
         words = "address space" if not gpa else f"GPA {first:#x} to {end - 1:#x}"
-        report.add(Group("maps", title_of(root, words), map_blocks(picture, by, rows), {"root": f"{root.tables.root:#x}"}))
-        if picture.found.problems:
+        cut = [interrupted(every.next.start if every.next is not None else None)] if every.interrupted else []
+        report.add(Group("maps", title_of(root, words), [*map_blocks(picture, by, rows), *cut], {"root": f"{root.tables.root:#x}"}))
+        if found.problems or cut:
             report.status = FINDINGS
         made = f"Ept({root.python})" if kind == "ept" else f"Npt({root.python})"
         report.python.append(f"print(chart(address_map(ranges(machine.memory, {made}, {first:#x}, {end - 1:#x})).pieces, {by!r}, rows={rows}))")

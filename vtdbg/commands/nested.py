@@ -73,6 +73,11 @@ def with_eptp_lists(session: Session, roots: Sequence[Root], further: Sequence[i
         except VtdbgError as error:
             notes.append(f"the EPTP list of {item.title} was not read: {error}")
             continue
+        wrong = [entry for entry in entries if entry.eptp and not entry.valid]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            notes.append(f"entry {wrong[0].index} ({wrong[0].eptp:#x}){more} is no valid EPTP in the EPTP list of {item.title}: "
+                         "switching to it exits")
         for entry in entries:
             if entry.eptp and entry.valid:
                 title = f"entry {entry.index} of the EPTP list of {item.title}"

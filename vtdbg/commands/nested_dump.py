@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.nested import LIMIT, RANGE, ROOT_OPTION, Root, nested_report, python_tables, title_of
-from vtdbg.commands.progress import watched
+from vtdbg.commands.progress import Watched
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import UsageError
-from vtdbg.nested.filter import Totals, Wanted, counted, matching, parse_wanted
+from vtdbg.memory_map import whole_pages
+from vtdbg.nested.filter import EVERYTHING, Totals, Wanted, counted, matching, parse_wanted
 from vtdbg.numbers import parse_range, size_text
-from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
+from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hex_or_none, hexa
 
 DUMP_OPTIONS = (
     RANGE,
@@ -39,6 +40,8 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
     kind = command.split()[0]
     report = nested_report(command, session, roots)
     report.python.append("from vtdbg.enumeration import ranges")
+    known = session.machine.memory.ranges()
+    existing = whole_pages([(start, start + length) for start, length in known]) if known is not None else None
     for root in roots:
         wanted = parse_wanted(root.tables.tables, perm, hpa, type, size, flag or ())
         what = _what(gpa, first, end, wanted)
@@ -48,15 +51,21 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
             group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
             report.status = FINDINGS
             continue
-        found, totals = Enumeration(session.machine.memory, root.tables, first, end - 1, apart=wanted.apart), Totals()
-        rows = watched(matching(counted(found, wanted, totals), Wanted(), ignore_page_size), session,
-                       lambda count, row: f"{count} ranges, at {row.start:#x}")
+        found, totals = Enumeration(session.machine.memory, root.tables, first, end - 1, apart=wanted.apart), Totals(existing)
+        # Watched first: a filter that little passes works long without a row.
+        every = Watched(found, session, lambda count, row: f"{count} ranges, at {row.start:#x}")
+        rows = matching(counted(every, wanted, totals), EVERYTHING, ignore_page_size)
         table, more, counting = range_table(rows, limit, f"{kind} walk {{:#x}} {ROOT_OPTION[kind]} {root.python}", totals)
         group.add(table)
         if more:
             words = f"... {'at least ' * counting}{more} more rows: --limit shows more, --gpa a part"
             group.add(Lines("cut", [Value(limit, words, "warn")]))
-        group.add(Lines("summary", [_summary(found, totals, wanted != Wanted(), counting)]))
+        if every.interrupted:
+            group.add(interrupted(every.next.start if every.next is not None else None))
+            report.status = FINDINGS
+        group.add(Lines("summary", [_summary(found, totals, wanted != EVERYTHING, counting)]))
+        if totals.outside_first is not None:
+            group.add(_outside(totals.outside, totals.outside_first))
         if found.problems:
             group.add(_problem_table(found))
             report.status = FINDINGS
@@ -67,9 +76,15 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
     return report
 
 
+def interrupted(at: Optional[int]) -> Lines:
+    """What has to be said of a table that Ctrl-C cut off before guest-physical `at`."""
+    where = f" at {at:#x}" if at is not None else ""
+    return Lines("interrupted", [Value(hex_or_none(at), f"interrupted{where}: what is shown and summed up here is partial", "warn")])
+
+
 def _what(gpa: Optional[str], first: int, end: int, wanted: Wanted) -> str:
     words = f"GPA {first:#x} to {end - 1:#x}" if gpa else "everything mapped"
-    return words if wanted == Wanted() else f"{words} that matches"
+    return words if wanted == EVERYTHING else f"{words} that matches"
 
 
 def range_table(rows: Iterator[Range], limit: int, link: str, totals: Totals) -> Tuple[Table, int, bool]:
@@ -127,6 +142,11 @@ def _summary(found: Enumeration, totals: Totals, filtered: bool, counting: bool)
         "complete": found.complete,
     }
     return Value(data, words, "dim")
+
+
+def _outside(size: int, first: Range) -> Lines:
+    words = f"{size_text(size)} of it go to addresses that are not in this memory, the first at {first.start:#x} to HPA {first.target:#x}"
+    return Lines("outside", [Value({"bytes": size, "first": f"{first.start:#x}", "target": f"{first.target:#x}"}, words, "warn")])
 
 
 def _problem_table(found: Enumeration) -> Table:

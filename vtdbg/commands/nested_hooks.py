@@ -43,7 +43,11 @@ def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes
         views.append((root, seen))
         _add(report, group, session, hooks(seen.rows), kind, root, int(mode), limit, no_code)
         if not seen.complete:
+            report.status = FINDINGS
             group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges", "warn")]))
+        if seen.problems:
+            words = f"{seen.problems} problem{'s' * (seen.problems != 1)} in these tables, which `{kind} dump` lists: no hook is looked for there"
+            group.add(Lines("broken", [Value(seen.problems, words, "dim")]))
         report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, root)}).rows))")
     _compare(report, session, views, kind, int(mode), limit, no_code)
     return report

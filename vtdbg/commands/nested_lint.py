@@ -151,7 +151,7 @@ def _group(remarks: Sequence[Remark], root: Root, kind: str, all: bool) -> Group
             Value(remark.verdict, remark.verdict, _STYLE[remark.verdict]),
             hexa(remark.start, 9, link=link) if remark.start is not None else Value(None, "-", "dim"),
             Value(remark.length, size_text(remark.length) if remark.length else ""),
-            Value(remark.message, words + (f" (and {remark.more} more of this kind)" if remark.more else "")),
+            Value(remark.message, words + (f" (and {'at least ' * remark.at_least}{remark.more} more of this kind)" if remark.more else "")),
             remark.id,
             Value([f"{address:#x}" for address in remark.path], ""),
             Value(list(remark.missing), ""),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Dict, FrozenSet, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.enumeration import Range, join
 from vtdbg.errors import UnknownName, UsageError
-from vtdbg.level_tables import PAT_TYPES, Tables
+from vtdbg.level_tables import PAT_TYPES, EntryKind, Tables
 from vtdbg.names import near_names
 from vtdbg.numbers import parse_range, parse_size, size_text
 
@@ -54,11 +56,22 @@ class Wanted:
 
 
 def has_flag(row: Range, ident: str) -> bool:
-    return ident in row.kind.bits.idents() and row.kind.bits.test(row.attributes, ident)
+    return bool(row.attributes & _flag_mask(row.kind, ident))
+
+
+@lru_cache(maxsize=256)
+def _flag_mask(kind: EntryKind, ident: str) -> int:
+    return kind.bits[ident].mask if ident in kind.bits.idents() else 0
+
+
+EVERYTHING = Wanted()
 
 
 def matching(rows: Iterable[Range], wanted: Wanted, ignore_page_size: bool = False) -> Iterator[Range]:
     """The wanted parts of `rows` (which have their page sizes kept apart); with `ignore_page_size`, neighbours merged across sizes afterwards."""
+    if wanted == EVERYTHING and not ignore_page_size:
+        yield from rows
+        return
     held: Optional[Range] = None
     for row in rows:
         part = wanted.part_of(row)
@@ -72,15 +85,33 @@ def matching(rows: Iterable[Range], wanted: Wanted, ignore_page_size: bool = Fal
         yield held
 
 
+def outside(row: Range, memory: Sequence[Tuple[int, int]]) -> Iterator[Range]:
+    """The parts of a range whose frames are not in `memory`, sorted (start, end) without overlaps."""
+    at, end = row.target, row.target + row.length
+    for low, high in memory[max(bisect_right(memory, (at, 1 << 64)) - 1, 0):]:
+        if low >= end:
+            break
+        if low > at:
+            yield row._replace(start=row.start + at - row.target, target=at, length=low - at)
+        at = max(at, high)
+    if at < end:
+        yield row._replace(start=row.start + at - row.target, target=at, length=end - at)
+
+
 @dataclass
 class Totals:
-    """What ranges sum up to; bytes by memory type, pages by size."""
+    """What ranges sum up to; bytes by memory type, pages by size.  `memory` is what exists, sorted (start, end), where that is known: `outside`
+    are the bytes that go elsewhere, `outside_first` the first range of them."""
 
+    memory: Optional[Sequence[Tuple[int, int]]] = None
+    outside: int = 0
+    outside_first: Optional[Range] = None
     ranges: int = 0
     pages: Dict[int, int] = field(default_factory=dict)
     types: Dict[str, int] = field(default_factory=dict)
     first: Optional[int] = None
     end: int = 0
+    _span: Tuple[int, int] = (0, 0)
 
     @property
     def bytes(self) -> int:
@@ -88,16 +119,29 @@ class Totals:
 
     def add(self, row: Range) -> None:
         """Count a range whose pages are of one size."""
-        self.pages[row.page_size] = self.pages.get(row.page_size, 0) + row.pages
-        self.types[row.memory_type] = self.types.get(row.memory_type, 0) + row.length
-        self.first = row.start if self.first is None else min(self.first, row.start)
-        self.end = max(self.end, row.end)
+        size, memory_type, start = row.page_size, row.memory_type, row.start
+        self.pages[size] = self.pages.get(size, 0) + row.length // size
+        self.types[memory_type] = self.types.get(memory_type, 0) + row.length
+        if self.first is None or start < self.first:
+            self.first = start
+        self.end = max(self.end, start + row.length)
+        low, high = self._span
+        if self.memory is not None and not low <= row.target < row.target + row.length <= high:
+            self._look_outside(row, self.memory)
+
+    def _look_outside(self, row: Range, memory: Sequence[Tuple[int, int]]) -> None:
+        at = bisect_right(memory, (row.target, 1 << 64)) - 1
+        self._span = memory[at] if at >= 0 else self._span
+        for part in outside(row, memory):
+            self.outside += part.length
+            self.outside_first = self.outside_first or part
 
 
 def counted(rows: Iterable[Range], wanted: Wanted, totals: Totals) -> Iterator[Range]:
     """The wanted parts of `rows`, each counted on the way: before page sizes are merged."""
+    everything = wanted == EVERYTHING
     for row in rows:
-        part = wanted.part_of(row)
+        part = row if everything else wanted.part_of(row)
         if part is not None:
             totals.add(part)
             yield part

@@ -58,16 +58,17 @@ class Hook:
 
 @dataclass(frozen=True)
 class View:
-    """The ranges of one table: at most ROWS, `complete` says whether these are all."""
+    """The ranges of one table: at most ROWS, `complete` says whether these are all; `problems` counts what is wrong with the table."""
 
     rows: Tuple[Range, ...]
     complete: bool
+    problems: int = 0
 
 
 def view(memory: PhysicalMemory, structure: Structure) -> View:
     found = Enumeration(memory, structure)
     rows = tuple(islice(found, ROWS + 1))
-    return View(rows[:ROWS], found.complete and len(rows) <= ROWS)
+    return View(rows[:ROWS], found.complete and len(rows) <= ROWS, found.problem_count)
 
 
 # ---- one table ----------------------------------------------------------------------------------------------------------------------
@@ -130,7 +131,8 @@ def _areas(rows: Sequence[Range], size: int) -> Iterator[_Area]:
     for row in rows:
         if row.page_size >= size:
             continue
-        for at in dict.fromkeys((row.start // size, (row.end - 1) // size)):
+        first, last = row.start // size, (row.end - 1) // size
+        for at in (first,) if first == last else (first, last):
             low, high = max(row.start, at * size), min(row.end, (at + 1) * size)
             if high - low == size:
                 continue
@@ -138,7 +140,7 @@ def _areas(rows: Sequence[Range], size: int) -> Iterator[_Area]:
                 if sum(piece.length for piece in pieces) == size:
                     yield _Area(current * size, size, tuple(pieces))
                 current, pieces = at, []
-            pieces.append(row._replace(start=low, target=row.target + low - row.start, length=high - low))
+            pieces.append(row if high - low == row.length else row._replace(start=low, target=row.target + low - row.start, length=high - low))
     if sum(piece.length for piece in pieces) == size:
         yield _Area(current * size, size, tuple(pieces))
 

@@ -5,6 +5,8 @@ Every check says only what its inputs bear out; without them it is undecided, an
 
 from __future__ import annotations
 
+import sys
+from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,9 +14,10 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple
 
 from vtdbg import bits
 from vtdbg.enumeration import Enumeration, Problem, Range
+from vtdbg.errors import MemoryUnavailable
 from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, NPT_MARKER, NPT_MARKER_MASK, describe_mmio
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
-from vtdbg.nested.filter import has_flag
+from vtdbg.nested.filter import has_flag, outside
 from vtdbg.numbers import size_text
 from vtdbg.vmx.ept import Ept
 from vtdbg.walk import Structure
@@ -24,6 +27,8 @@ FAIL, NOTE, UNDECIDED, PASS = "fail", "note", "undecided", "pass"
 ROWS = 1 << 18
 REMARKS = 100
 """Remarks of one check that are kept; `Remark.more` of the last one counts the rest."""
+COUNTED = 1 << 13
+"""Remarks of one check that are counted: each costs a walk or a search, and hostile tables have one for every page."""
 
 
 class Check(NamedTuple):
@@ -43,6 +48,8 @@ CHECKS: Mapping[str, Check] = {
                   "SDM vol. 3, EPT Translation Mechanism"),
     "lost-rights": Check("rights that a parent takes away", "the leaf grants them and the guest does not get them: all levels have to agree",
                          "SDM vol. 3, EPT Translation Mechanism; APM vol. 2, Nested Paging"),
+    "frames": Check("frames that the memory does not have", "the guest's accesses go to a device or to nothing; mapped write-back, neither works",
+                    "SDM vol. 3, EPT and Memory Typing; APM vol. 2, Nested Paging"),
     "ram": Check("RAM that is not mapped", "the first access to it exits; a hypervisor that expects none there hangs or crashes its guest",
                  "SDM vol. 3, EPT Violations"),
     "mtrr": Check("memory types against the MTRRs",
@@ -72,7 +79,8 @@ class Remark:
     """What a check found.  `verdict` is "fail", "note" (odd, and often meant so), "undecided" or "pass".
 
     `start` and `length` are guest-physical, None where it is about no address; `path` the addresses of the entries that lead there; `missing`
-    the inputs without which the check is undecided; `more` how many further ones of the kind were left out.
+    the inputs without which the check is undecided; `more` how many further ones of the kind were left out, or, with `at_least`, how many
+    were counted before the check was given up.
     """
 
     id: str
@@ -83,6 +91,7 @@ class Remark:
     path: Tuple[int, ...] = ()
     missing: Tuple[str, ...] = ()
     more: int = 0
+    at_least: bool = False
 
     @property
     def check(self) -> Check:
@@ -144,17 +153,14 @@ def lint(memory: PhysicalMemory, structure: Structure, inputs: Inputs = Inputs()
 
 def _capped(name: str, remarks: Iterable[Remark]) -> Iterator[Remark]:
     held: Optional[Remark] = None
-    kept = more = 0
-    for remark in remarks:
-        if kept < REMARKS:
+    count = 0
+    for count, remark in enumerate(islice(remarks, COUNTED), 1):
+        if count <= REMARKS:
             if held is not None:
                 yield held
             held = remark
-            kept += 1
-        else:
-            more += 1
     if held is not None:
-        yield replace(held, more=more)
+        yield replace(held, more=max(count - REMARKS, 0), at_least=count == COUNTED)
 
 
 # ---- the tables by themselves -------------------------------------------------------------------------------------------------------
@@ -184,7 +190,9 @@ def _loops(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
 
 
 _LEAVES = 1 << 17
-"""Leaves that are looked at below entries that take rights away."""
+"""Leaves, and tables on the way to them, that are looked at below entries that take rights away."""
+_LEAVES_EACH = 1 << 19
+"""As `vtdbg.enumeration.WORK_LIMIT`, for one such entry: what is below it may be tables without a page."""
 
 
 def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
@@ -194,11 +202,9 @@ def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
         if entry.start < after:
             continue
         start, length, lost = 0, 0, 0
-        for leaf in Enumeration(seen.memory, seen.structure, entry.start, entry.start + entry.length - 1).leaves():
+        below = Enumeration(seen.memory, seen.structure, entry.start, entry.start + entry.length - 1, limit=_LEAVES_EACH)
+        for leaf in islice(below.leaves(), budget):
             budget -= 1
-            if not budget:
-                yield Remark("lost-rights", UNDECIDED, f"the leaves from {leaf.start:#x} on were not compared: there are too many", leaf.start)
-                return
             own = (leaf.entry ^ tables.inverted | leaf.kind.grants) & tables.rights_mask & ~leaf.rights
             if own != lost or leaf.start != start + length:
                 if lost:
@@ -207,7 +213,11 @@ def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
             length += leaf.page_size
         if lost:
             yield _loss(seen, start, length, lost)
-        after = entry.start + entry.length
+        after, budget = entry.start + entry.length, budget - below.tables_read if below.complete else 0
+        if budget <= 0:
+            words = f"not all leaves from {entry.start:#x} on were compared: there are too many"
+            yield Remark("lost-rights", UNDECIDED, words, entry.start, missing=("the rest of the tables",))
+            return
 
 
 def _loss(seen: _Seen, start: int, length: int, lost: int) -> Remark:
@@ -250,7 +260,12 @@ def _flags(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
         yield Remark("flags", NOTE, words, first, length)
 
 
+_TABLES = 1 << 14
+"""Tables whose entries that are not present are looked at."""
+
+
 def _suppress(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    """Bit 63 counts in entries that map a page and in those that are not present (SDM vol. 3, Convertible EPT Violations)."""
     usable = [row for row in seen.rows if row.rights]
     suppressed = sum(row.length for row in usable if has_flag(row, "SVE"))
     total = sum(row.length for row in usable)
@@ -269,11 +284,54 @@ def _suppress(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
         yield Remark("suppress-ve", NOTE, words, first.start, first.length)
 
 
+    if inputs.ve:
+        count, spans = _absent(seen)
+        if count:
+            words = f"EPT-violation #VE is on: accesses to what is not mapped are delivered to the guest by {count} entries " \
+                    f"that are not present and have bit 63 at 0 (they span {size_text(spans)})"
+            yield Remark("suppress-ve", NOTE, words)
+
+
+def _absent(seen: _Seen) -> Tuple[int, int]:
+    """(entries that are not present and do not suppress #VE, bytes that they span, each table once)."""
+    tables = seen.structure.tables
+    sizes = {level.number: level.page_size for level in tables.levels}
+    count = spans = 0
+    for at, level in islice(seen.found.table_levels.items(), _TABLES):
+        try:
+            entries = array("Q", seen.memory.read(at, PAGE_SIZE))
+        except MemoryUnavailable:
+            continue
+        if sys.byteorder == "big":
+            entries.byteswap()
+        absent = sum(1 for entry in entries if not entry & tables.present and not entry >> 63)
+        count, spans = count + absent, spans + absent * sizes[level]
+    return count, spans
+
+
 # ---- against the machine ------------------------------------------------------------------------------------------------------------
 
 def identity(rows: Sequence[Range]) -> Tuple[int, int]:
     """(bytes that are mapped to themselves, bytes that are mapped): a hypervisor under a running system maps it all to itself."""
     return sum(row.length for row in rows if row.start == row.target), sum(row.length for row in rows)
+
+
+def _frames(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+    """One remark a memory type: a dump that was cut to size lacks most of what is mapped, and a device is not in any."""
+    if inputs.host_ram is None:
+        yield Remark("frames", UNDECIDED, "which physical memory exists is not known", missing=("the ranges of the memory",))
+        return
+    found: Dict[str, List[Range]] = {}
+    for row in seen.rows:
+        if row.rights:
+            found.setdefault(row.memory_type, []).extend(outside(row, inputs.host_ram))
+    for memory_type, rows in found.items():
+        if not rows:
+            continue
+        total, first = sum(row.length for row in rows), rows[0]
+        places = f"in {len(rows)} places, the first one" if len(rows) > 1 else "all"
+        words = f"{size_text(total)} mapped {memory_type} go to addresses that are not in this memory, {places} to HPA {first.target:#x}"
+        yield Remark("frames", NOTE, words, first.start, first.length)
 
 
 def _ram(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
@@ -395,6 +453,6 @@ def _reached(name: str, rows: Sequence[Range], pages: Sequence[ControlPage]) -> 
 
 
 _MAKERS: Mapping[str, Callable[[_Seen, Inputs], Iterator[Remark]]] = {
-    "entries": _entries, "loop": _loops, "lost-rights": _lost, "ram": _ram, "mtrr": _mtrr, "uncached": _uncached, "alias": _aliases,
-    "tables": _tables, "control-pages": _control_pages, "flags": _flags, "suppress-ve": _suppress,
+    "entries": _entries, "loop": _loops, "lost-rights": _lost, "frames": _frames, "ram": _ram, "mtrr": _mtrr, "uncached": _uncached,
+    "alias": _aliases, "tables": _tables, "control-pages": _control_pages, "flags": _flags, "suppress-ve": _suppress,
 }
