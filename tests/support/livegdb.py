@@ -70,15 +70,29 @@ class Wire:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
-        try:
-            near, _ = self._listener.accept()
-        except OSError:
-            return
-        far = socket.create_connection(("127.0.0.1", self._target))
-        self._ends = [near, far]
-        back = threading.Thread(target=self._relay, args=(far, near), daemon=True)
-        back.start()
-        self._relay(near, far, counted=True)
+        """One connection behind the other; only the first one is cut."""
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(("127.0.0.1", self._target))
+            for end in (near, far):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._ends = [near, far]
+            back = threading.Thread(target=self._relay, args=(far, near), daemon=True)
+            back.start()
+            self._relay(near, far, counted=True)
+            back.join()
+            near.close()
+            far.close()
+            self._after = b""
+
+    def passing(self, data: bytes, to_stub: bool) -> None:
+        """Before data are handed on."""
+
+    def passed(self, to_stub: bool) -> None:
+        """After data have been handed on."""
 
     def _relay(self, source: socket.socket, sink: socket.socket, counted: bool = False) -> None:
         while True:
@@ -90,7 +104,9 @@ class Wire:
                         data = b""
                 if not data:
                     break
+                self.passing(data, counted)
                 sink.sendall(data)
+                self.passed(counted)
             except OSError:
                 break
         self.cut()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
@@ -52,10 +53,28 @@ def injector(session: Session, what: str, yes: bool, assume_host: bool) -> Injec
 def _agreed(what: str) -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         return False
+    question = ASK.format(what=what)
     try:
-        return input(ASK.format(what=what)).strip().lower() in ("y", "yes")
+        answer = input(question) if os.name == "nt" else _typed(question)
     except EOFError:
         return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _typed(question: str) -> str:
+    """A line of the terminal.  Inside GDB `input` would not see a Ctrl-C before the line has ended."""
+    import select
+
+    sys.stdout.write(question)
+    sys.stdout.flush()
+    line = b""
+    while not line.endswith(b"\n"):
+        if select.select([sys.stdin.fileno()], [], [], 0.1)[0]:
+            more = os.read(sys.stdin.fileno(), 256)
+            if not more:
+                raise EOFError
+            line += more
+    return line.decode(errors="replace")
 
 
 def _report(command: str, session: Session, python: str) -> Report:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple, Type
 
 from vtdbg.errors import UsageError
-from vtdbg.targets.interrupts import held_back, let_through
+from vtdbg.targets.interrupts import held_back, waiting_at_most
 from vtdbg.targets.port import GENERAL, Port, TargetError, TargetGone, Unsupported
 
 WRONG_ARCHITECTURE = (
@@ -66,7 +66,7 @@ class GdbPort(Port):
         self.execute(f"set var ${'eflags' if name == 'rflags' else name} = {value:#x}")
 
     def step(self) -> None:
-        with self.stepping(), let_through():
+        with self.stepping(), waiting_at_most():
             self.execute("stepi")
 
     @contextmanager

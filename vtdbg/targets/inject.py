@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
-from vtdbg.targets.interrupts import held_back, let_through
+from vtdbg.targets.interrupts import deliver, held_back
 from vtdbg.targets.port import GENERAL, Port, TargetError, TargetGone
 
 CF, ZF, TF, IF = 1 << 0, 1 << 6, 1 << 8, 1 << 9
@@ -75,7 +75,7 @@ class Injector:
         stack_at = (known["rsp"] - BELOW) & ~0xF
         code = self.port.read_virtual(known["rip"], 16)
         stack = self.port.read_virtual(stack_at, known["rsp"] - stack_at)
-        # From here to the end of `__exit__` a Ctrl-C waits, except in the steps themselves: the target is not as it was.
+        # From here to the end of `__exit__` a Ctrl-C waits for the next `run` or for the end: the target is not as it was.
         with ExitStack() as around:
             around.enter_context(held_back())
             around.enter_context(self.port.quiet())
@@ -94,14 +94,14 @@ class Injector:
         Raises Fault where RIP did not advance by the instruction's length.
         """
         state = self._saved()
+        deliver()
         start = state.registers["rip"] if at is None else at
         if at is None and self._patched[:len(code)] != code:
             self._patched = code
             self.port.write_virtual(start, code)
         for name, value in {"rflags": state.registers["rflags"] & ~(IF | TF), **inputs, "rip": start}.items():
             self.port.write_register(name, value)
-        with let_through():
-            self.port.step()
+        self.port.step()
         after = self.port.registers()
         if after.get("rip") != start + len(code):
             raise Fault(f"the instruction {code.hex()} did not complete (RIP {start:#x} became {after.get('rip') or 0:#x}): it faulted")
@@ -114,7 +114,8 @@ class Injector:
             try:
                 problems = _put_back(self.port, state)
                 break
-            except KeyboardInterrupt as error:
+            except (KeyboardInterrupt, SystemExit) as error:
+                # pykd ends a script on Ctrl-Break by SystemExit.
                 interrupted = error
         self.state = None
         self._patched = b""

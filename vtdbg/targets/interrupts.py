@@ -26,15 +26,41 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def let_through() -> Iterator[None]:
-    """Inside `held_back`: a Ctrl-C that waits is delivered now, and one that comes inside is at once (something that may last is done here)."""
+def deliver() -> None:
+    """Inside `held_back`: raises KeyboardInterrupt where a Ctrl-C waits."""
     if not _can_block():
-        yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+PATIENCE = 2.0
+
+
+@contextmanager
+def waiting_at_most(seconds: float = PATIENCE) -> Iterator[None]:
+    """Inside `held_back`: a Ctrl-C waits for what is inside, but no longer than `seconds`: whoever does not answer must not hold the user.
+
+    GDB takes a Ctrl-C during a step for one to the target and forgets it, so it must not come before it has to.
+    """
+    if not _can_block():
+        yield
+        return
+    done = threading.Event()
+
+    def let_through() -> None:
+        # A signal to the process is handled by whichever thread does not block it: this one then.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        done.wait()
+
+    timer = threading.Timer(seconds, let_through)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        done.set()

@@ -11,8 +11,9 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
+from vtdbg.errors import UsageError
 from vtdbg.targets.gdbtext import GdbPort, error_of
-from vtdbg.targets.interrupts import let_through
+from vtdbg.targets.interrupts import waiting_at_most
 from vtdbg.targets.port import TargetError, TargetGone, unavailable
 
 if TYPE_CHECKING:
@@ -144,11 +145,21 @@ class MiPort(GdbPort):
         except TargetError as error:
             raise unavailable(address, len(data), str(error)) from error
 
+    def load_symbols(self, path: str) -> None:
+        try:
+            with open(path, "rb") as file:
+                if file.read(4) != b"\x7fELF":
+                    raise UsageError(f"{path} is no ELF file: symbols for GDB are (`kvm symbols` makes one)")
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+        quoted = os.path.abspath(path).replace("\\", "\\\\").replace('"', '\\"')
+        self.execute(f'add-symbol-file "{quoted}"')
+
     def endpoint(self) -> Optional[str]:
         return self._endpoint
 
     def step(self) -> None:
-        with self.stepping(), let_through():
+        with self.stepping(), waiting_at_most():
             self._until_stopped("-exec-step-instruction", self._patience)
 
     def _resume(self, timeout: Optional[float]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Tuple
 
 from vtdbg.errors import VtdbgError
+from vtdbg.targets.interrupts import deliver, held_back, waiting_at_most
 from vtdbg.targets.port import Port, TargetGone
+
+PATIENCE = 0.3
+"""Seconds without an exit after which a Ctrl-C stops the running target."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,37 @@ def trace(port: Port, handler: int, count: int, read: Callable[[], Exit], timeou
     """
     found = Trace()
     try:
-        while len(found.exits) < count:
-            if not port.run_to(handler, timeout):
-                found.ended = f"the target stopped elsewhere (RIP {port.registers().get('rip') or 0:#x})"
-                break
-            found.exits.append(read())
+        # GDB passes a Ctrl-C on to the target while that runs, and where it has just stopped by itself both forget it: so it waits for the stop,
+        # unless that takes a while.
+        with held_back():
+            _until(found, port, handler, count, read, timeout)
     except KeyboardInterrupt:
-        found.ended = "interrupted"
+        if len(found.exits) < count:
+            found.ended = found.ended or "interrupted"
+        _settle(port)
     except TargetGone:
         raise
     except VtdbgError as error:
         found.ended = str(error)
     return found
+
+
+def _until(found: Trace, port: Port, handler: int, count: int, read: Callable[[], Exit], timeout: Optional[float]) -> None:
+    while len(found.exits) < count:
+        deliver()
+        with waiting_at_most(PATIENCE):
+            there = port.run_to(handler, timeout)
+        if not there:
+            found.ended = f"the target stopped elsewhere (RIP {port.registers().get('rip') or 0:#x})"
+            return
+        found.exits.append(read())
+
+
+def _settle(port: Port) -> None:
+    """One Ctrl-C can come twice, out of a command of GDB's and out of its Python: the second one would take what was found."""
+    for _ in range(2):
+        try:
+            time.sleep(0.01)
+            port.selected()
+        except KeyboardInterrupt:
+            continue

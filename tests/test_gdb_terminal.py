@@ -1,0 +1,134 @@
+"""GDB at a terminal with vtdbg inside, and Ctrl-C typed there: whatever an injected instruction is at, the target is as it was afterwards."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Iterator, Tuple
+
+import pytest
+from support.livegdb import unavailable
+from support.ptygdb import PressingWire, PtyGdb
+from support.vmxcpu import Unavailable
+from support.vmxstub import GUEST, HANDLER, VMCS, VmxStub
+
+pytestmark = pytest.mark.live
+
+SNAPSHOT = """define snapshot
+maintenance flush register-cache
+info registers
+x/128xb $rip-64
+x/512xb $rsp-512
+show scheduler-locking
+show step-mode
+end
+"""
+INTERRUPTED = "vt: interrupted; the target is as it was"
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[VmxStub]:
+    try:
+        target = VmxStub()
+    except Unavailable as reason:
+        unavailable(str(reason))
+        raise
+    try:
+        yield target
+    finally:
+        target.close()
+
+
+@pytest.fixture
+def typed(stub: VmxStub, tmp_path: Path) -> "Iterator[Tuple[PtyGdb, PressingWire]]":
+    """GDB at a terminal, the processor at the first instruction of the exit handler."""
+    script = tmp_path / "snapshot.gdb"
+    script.write_text(SNAPSHOT)
+    with PressingWire(stub.port) as wire, PtyGdb(f"source {script}", f"target remote 127.0.0.1:{wire.port}") as gdb:
+        gdb.command(f"vmcs get GUEST_RIP --at {VMCS:#x}")
+        for line in (f"hbreak *{HANDLER:#x}", "continue", "delete"):
+            gdb.command(line)
+        gdb.command("stepi 2")
+        wire.press = gdb.press
+        yield gdb, wire
+
+
+def snapshot(gdb: PtyGdb) -> str:
+    """All registers from the stub, bytes around RIP and below RSP, and GDB's settings."""
+    gdb.settle()
+    return gdb.command("snapshot")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_at_every_packet_of_an_injection(typed: "Tuple[PtyGdb, PressingWire]", late: bool) -> None:
+    """Before the stub has the packet, and behind its answer: the same registers, code, stack and settings; one line, or the result."""
+    gdb, wire = typed
+    before = snapshot(gdb)
+    assert "rip" in before and before.count("\n") > 80
+    interrupted = 0
+    for number in range(1, 400):
+        wire.arm(number, late)
+        shown = gdb.command("cpuid 0 --yes").strip()
+        fired, packet = wire.fired, wire.packets[number - 1:number]
+        wire.disarm()
+        if not fired:
+            break
+        assert snapshot(gdb) == before, (number, packet, shown)
+        interrupted += INTERRUPTED in shown
+        assert INTERRUPTED in shown or "0x756e6547" in shown, (number, packet, shown)
+        assert "Traceback" not in shown
+    assert number > 60 and interrupted > number // 2
+    assert "0x756e6547" in gdb.command("cpuid 0 --yes")
+
+
+def test_ctrl_c_at_any_moment_of_an_injection(typed: "Tuple[PtyGdb, PressingWire]") -> None:
+    """Between packets too, where GDB's settings are changed and put back."""
+    gdb, _ = typed
+    before = snapshot(gdb)
+    moments = random.Random(7)
+    for _ in range(40):
+        delay = moments.uniform(0, 0.08)
+        key = threading.Timer(delay, gdb.press)
+        key.start()
+        gdb.command("cpuid 0 --yes")
+        key.join()
+        assert snapshot(gdb) == before, delay
+
+
+def test_ctrl_c_ends_a_long_injection_at_once(typed: "Tuple[PtyGdb, PressingWire]") -> None:
+    """160 VMREADs are not waited for: the Ctrl-C comes through at the next step."""
+    gdb, _ = typed
+    before = snapshot(gdb)
+    key = threading.Timer(0.25, gdb.press)
+    started = time.monotonic()
+    key.start()
+    shown = gdb.command(f"vmcs dump {VMCS:#x} --vmread --yes")
+    key.join()
+    assert INTERRUPTED in shown and time.monotonic() - started < 1.5
+    assert snapshot(gdb) == before
+
+
+def test_it_asks_at_a_terminal(typed: "Tuple[PtyGdb, PressingWire]") -> None:
+    """The question stands before anything is written; "n" and Ctrl-C are no."""
+    gdb, wire = typed
+    before = snapshot(gdb)
+    for answer, said in (("n", "vt: cpuid changes the target for a moment"), ("y", "0x756e6547")):
+        wire.arm(-1, late=False)
+        threading.Timer(0.5, gdb.press, [answer.encode() + b"\n"]).start()
+        shown = gdb.command("cpuid 0")
+        assert "Do it? (y or n)" in shown and said in shown, shown
+        assert any(packet.startswith(b"$M") for packet in wire.packets) == (answer == "y")
+    threading.Timer(0.5, gdb.press).start()
+    assert "0x756e6547" not in gdb.command("cpuid 0")
+    assert snapshot(gdb) == before
+
+
+def test_ctrl_c_in_the_guest_and_in_a_trace(typed: "Tuple[PtyGdb, PressingWire]") -> None:
+    """`vt exit trace` ended by Ctrl-C shows what it has, and its breakpoint is gone."""
+    gdb, _ = typed
+    threading.Timer(0.6, gdb.press).start()
+    shown = gdb.command(f"vt exit trace {HANDLER:#x} --count 100000 --vmcs {VMCS:#x}")
+    assert "of 100000 exits" in " ".join(shown.split()) and "CPUID" in shown and f"{GUEST + 2:#x}" in shown, shown[-600:]
+    assert "No breakpoints" in gdb.command("info breakpoints")
