@@ -5,8 +5,8 @@ The public names are loaded when they are first used: `import vtdbg` has to stay
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any, Dict, List
+# Type checkers take this for the constant of `typing`; importing that would be most of the cost of this module.
+TYPE_CHECKING = False
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,8 @@ _PUBLIC: Dict[str, str] = {
 __all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
+    from typing import Any, Dict, List
+
     from vtdbg.errors import MemoryUnavailable, VtdbgError
     from vtdbg.findings import Finding
     from vtdbg.gva import translate
@@ -67,6 +69,8 @@ def __getattr__(name: str) -> Any:
     target = _PUBLIC.get(name)
     if target is None:
         raise AttributeError(f"module 'vtdbg' has no attribute {name!r}")
+    import importlib
+
     module, _, attribute = target.partition(":")
     value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value

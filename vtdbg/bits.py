@@ -20,15 +20,13 @@ Kinds of a field:
 
 from __future__ import annotations
 
-import csv
-import io
-import pkgutil
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
+from vtdbg.rows import read_rows as read_rows
 
 NO_MEANING = frozenset({"reserved0", "reserved1", "default1", "ignored", "undefined"})
 
@@ -75,8 +73,7 @@ class BitField:
         return str(number)
 
 
-@dataclass(frozen=True)
-class BitValue:
+class BitValue(NamedTuple):
     """One decoded field: its row, its number, its meaning in words."""
 
     field: BitField
@@ -221,15 +218,6 @@ def parse_bits(text: str) -> Tuple[int, int]:
     """"31:16" -> (31, 16); "7" -> (7, 7)."""
     high, _, low = text.partition(":")
     return int(high), int(low or high)
-
-
-def read_rows(name: str) -> Iterator[Dict[str, str]]:
-    """The rows of a packaged CSV file under vtdbg/data; lines that begin with # are provenance, not rows."""
-    data = pkgutil.get_data("vtdbg", f"data/{name}")
-    if data is None:
-        raise UnknownName("data file", name)
-    lines = (line for line in io.StringIO(data.decode("utf-8")) if not line.startswith("#"))
-    return csv.DictReader(lines)
 
 
 def _field(row: Mapping[str, str]) -> BitField:

@@ -7,10 +7,11 @@ from typing import Tuple
 
 from vtdbg.errors import UsageError
 
-_PLAIN = re.compile(r"[+-]?(0[xX][0-9a-fA-F_`]+|0[bB][01_]+|0[oO][0-7_]+|[0-9][0-9_]*)$")
-_WINDBG = re.compile(r"([0-9a-fA-F]{1,8})`([0-9a-fA-F]{8})$")
-_SUFFIX = re.compile(r"([0-9][0-9a-fA-F]*)[hH]$")
-_HEX_DIGITS = re.compile(r"[0-9a-fA-F]*[a-fA-F][0-9a-fA-F]*$")
+# Compiled where they are first used (re keeps them): most commands need one of them or none.
+_PLAIN = r"[+-]?(0[xX][0-9a-fA-F_`]+|0[bB][01_]+|0[oO][0-7_]+|[0-9][0-9_]*)$"
+_WINDBG = r"([0-9a-fA-F]{1,8})`([0-9a-fA-F]{8})$"
+_SUFFIX = r"([0-9][0-9a-fA-F]*)[hH]$"
+_HEX_DIGITS = r"[0-9a-fA-F]*[a-fA-F][0-9a-fA-F]*$"
 UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -20,15 +21,15 @@ def parse_number(text: str) -> int:
     A bare decimal stays decimal: the same words mean the same in every front end.
     """
     stripped = text.strip()
-    if _PLAIN.match(stripped):
+    if re.match(_PLAIN, stripped):
         return int(stripped.replace("`", ""), 0) if not re.match(r"[+-]?0[0-9]", stripped) else int(stripped, 10)
-    windbg = _WINDBG.match(stripped)
+    windbg = re.match(_WINDBG, stripped)
     if windbg:
         return int(windbg.group(1) + windbg.group(2), 16)
-    suffix = _SUFFIX.match(stripped)
+    suffix = re.match(_SUFFIX, stripped)
     if suffix:
         return int(suffix.group(1), 16)
-    if _HEX_DIGITS.match(stripped):
+    if re.match(_HEX_DIGITS, stripped):
         raise UsageError(f"{text!r} is not a number; for hexadecimal write 0x{stripped}")
     raise UsageError(f"{text!r} is not a number")
 

@@ -6,51 +6,52 @@ A field is a row of a table (`VmcsField`, `VmcbField`) with a number that identi
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable, Dict, Generic, Iterable, Iterator, Mapping, Optional, Protocol, Tuple, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generic, Iterable, Iterator, Mapping, NamedTuple, Optional, Tuple, TypeVar, Union
 
 from vtdbg.errors import FormatError, UnknownName
 
 Name = Union[str, int]
 
 
-class Field(Protocol):
-    """What a row of a field table has."""
+if TYPE_CHECKING:
+    from typing import Protocol
 
-    @property
-    def name(self) -> str: ...
+    class Field(Protocol):
+        """What a row of a field table has."""
 
-    @property
-    def title(self) -> str: ...
+        @property
+        def name(self) -> str: ...
 
-    @property
-    def aliases(self) -> Tuple[str, ...]: ...
+        @property
+        def title(self) -> str: ...
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
+        @property
+        def aliases(self) -> Tuple[str, ...]: ...
 
-    @property
-    def number(self) -> int:
-        """What identifies the field: the encoding, the offset."""
+        @property
+        def size(self) -> int:
+            """Bytes."""
+
+        @property
+        def number(self) -> int:
+            """What identifies the field: the encoding, the offset."""
+
+    class Value(Protocol):
+        """A value of a record, with where it is from ("page offset 0x1c8, layout bochs_2.7", "text line 12")."""
+
+        @property
+        def field(self) -> Any: ...
+
+        @property
+        def value(self) -> int: ...
+
+        @property
+        def source(self) -> str: ...
 
 
-class Value(Protocol):
-    """A value of a record, with where it is from ("page offset 0x1c8, layout bochs_2.7", "text line 12")."""
-
-    @property
-    def field(self) -> Any: ...
-
-    @property
-    def value(self) -> int: ...
-
-    @property
-    def source(self) -> str: ...
-
-
-F = TypeVar("F", bound=Field)
-V = TypeVar("V", bound=Value)
+F = TypeVar("F", bound="Field")
+V = TypeVar("V", bound="Value")
 
 
 class MissingField(UnknownName):
@@ -63,8 +64,7 @@ class MissingField(UnknownName):
         self.args = (self.message,)
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """Does the processor use a field?  `used` True, False, or None where an input is missing; `why` in words when it is not True."""
 
     used: Optional[bool]

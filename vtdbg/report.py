@@ -6,7 +6,7 @@ A report is a list of blocks.  A cell is a `Value`: what JSON gets, what a perso
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 SCHEMA = 1
 """Version of the JSON form; it grows when a key changes its meaning or goes away."""
@@ -15,8 +15,7 @@ FINE, FINDINGS, BAD_INPUT = 0, 1, 2
 """Exit status: all fine; something was found that needs attention; the input was unusable."""
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """One cell.  `style`: '' | 'dim' | 'good' | 'bad' | 'warn' | 'strong'.  `link` is a vtdbg command line ("ept walk 0x1000")."""
 
     data: Any

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.errors import UnknownName, UsageError
 from vtdbg.names import near_names
@@ -15,8 +14,7 @@ from vtdbg.report import Report
 KINDS = ("address", "int", "text", "field", "path", "flag", "choice", "register")
 
 
-@dataclass(frozen=True)
-class Arg:
+class Arg(NamedTuple):
     """A positional argument.  `kind` drives parsing and completion; `nargs` is '' (one), '?', '*' or '+'."""
 
     name: str
@@ -26,8 +24,7 @@ class Arg:
     choices: Tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Opt:
+class Opt(NamedTuple):
     """An option.  A `flag` takes no value; `many` collects repeated ones."""
 
     flag: str
@@ -43,8 +40,7 @@ class Opt:
         return self.flag.lstrip("-").replace("-", "_")
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """`words` like ("ept", "walk").  `live` verbs need a debugger; `changes` ones write to the target and ask first."""
 
     words: Tuple[str, ...]
@@ -62,7 +58,7 @@ class Verb:
 
 # The modules of a group are imported only when one of its verbs is used, so that `--help` and completion of others stay fast.
 MODULES: Mapping[str, Tuple[str, ...]] = {
-    "vmcs": ("vmcs", "checks", "live", "record_diff", "infer"),
+    "vmcs": ("vmcs_list", "vmcs", "checks", "live", "record_diff", "infer"),
     "vmcb": ("vmcb", "checks", "record_diff"),
     "ept": ("ept", "maps"),
     "npt": ("npt", "maps"),

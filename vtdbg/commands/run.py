@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
 
 from vtdbg.commands import registry
 from vtdbg.commands.session import Session
@@ -11,8 +10,7 @@ from vtdbg.errors import VtdbgError
 from vtdbg.report import BAD_INPUT, FINE, Report
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a command line came to.  `error` is the one line for the user; `text` is empty then."""
 
     text: str

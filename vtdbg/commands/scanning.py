@@ -12,6 +12,9 @@ from vtdbg.memory.part import PartOfMemory, measured_seconds
 from vtdbg.numbers import parse_range, size_text
 from vtdbg.scanner import KINDS, Found, relate, scan
 
+# SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
+STALE_VMCS = "a VMCS in memory may be stale: a current one may be kept in the processor until VMCLEAR"
+STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
 _FIRST_AFTER, _EVERY = 0.7, 0.2
 MOST_SECONDS = 120
 """A search that takes longer than this by the speed of its first pages is not begun unless it was asked for with --scan."""

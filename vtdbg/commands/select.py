@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING, List, NamedTuple, Optional, Tuple
 
+from vtdbg.commands.scanning import STALE_VMCB as STALE_VMCB
+from vtdbg.commands.scanning import STALE_VMCS as STALE_VMCS
+from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.scanner import Found
@@ -15,16 +17,12 @@ from vtdbg.vmx.vmcs import Vmcs
 if TYPE_CHECKING:
     from vtdbg.textdump import TextDump
 
-# SDM vol. 3, Software Use of the VMCS and Related Structures: a processor may keep the values of a current VMCS to itself until VMCLEAR.
-STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, its registers are elsewhere"
 # Layouts that no processor uses: KVM's vmcs12 and its like in other hypervisors.
 SOFTWARE_LAYOUTS = ("kvm_", "hyperv_", "virtualbox_", "xen_", "vmware_")
 NESTED_ADDRESSES = "of a hypervisor inside a guest: its addresses are physical in that guest, not in this memory"
-STALE_VMCS = "a VMCS in memory may be stale: a current one may be kept in the processor until VMCLEAR"
 
 
-@dataclass(frozen=True)
-class VmcsAt:
+class VmcsAt(NamedTuple):
     """A decoded VMCS and where it is; `found` is the scan's evidence, None where the user named the address."""
 
     address: Optional[int]
@@ -47,8 +45,7 @@ class VmcsAt:
         return where + (f" ({self.found.title})" if self.found and self.found.title else "")
 
 
-@dataclass(frozen=True)
-class VmcbAt:
+class VmcbAt(NamedTuple):
     """A decoded VMCB and where it is.  0 is a legal address."""
 
     address: Optional[int]
@@ -104,8 +101,6 @@ def vmcs_at(session: Session, address: int) -> VmcsAt:
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
     """What a scan of the memory finds, kept until the target runs."""
-    from vtdbg.commands.scanning import scanned_blocks
-
     found, partial = scanned_blocks(session, (kind,))
     if partial:
         # A command that works on all control blocks must not take some for all.

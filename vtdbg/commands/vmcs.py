@@ -1,4 +1,4 @@
-"""`vmcs list|dump|get|layouts`: every VMCS of a dump by name and value."""
+"""`vmcs dump|get|layouts`: every VMCS of a dump by name and value."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Dict, Iterator, List, Optional, Sequence
 from vtdbg.commands.field_links import Link, no_link, vmcs_links
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.scanning import scanned_blocks, searched_memory
 from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
 from vtdbg.commands.session import Session, find_layout
-from vtdbg.commands.vms import vmcs_vms
 from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.gates import gate_of
@@ -38,60 +36,6 @@ GROUPS: Dict[str, tuple[str, ...]] = {
     "control": ("execution-control", "exit-control", "entry-control"),
     "exit": ("exit-info",),
 }
-
-
-@verb(
-    "vmcs list",
-    "find every VMCS in the memory, with the evidence",
-    Opt("--rejected", "flag", "also show pages that begin with a known revision id and are no VMCS"),
-)
-def list_(session: Session, rejected: bool) -> Report:
-    """Scans page by page for regions that begin with a known revision id and decode to something plausible.
-
-    A revision id alone proves nothing: many pages begin with one by accident.  The score sums the evidence, for and against.
-    """
-    report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
-    found, partial = scanned_blocks(session, ("vmcs",))
-    if partial:
-        report.notes.append(partial)
-    table = Table(
-        "vmcs",
-        (("address", "address"), ("kind", "kind"), ("layout", "layout"), ("score", "score"), ("summary", "evidence")),
-        empty="no VMCS found",
-        wrap="summary",
-    )
-    for item in found:
-        table.add(
-            hexa(item.address, link=f"vmcs dump {item.address:#x}"),
-            text(item.classification, "good" if item.vmcs else "dim"),
-            item.layout_id,
-            str(item.score),
-            item.summary,
-        )
-    report.add(table)
-    report.add(vmcs_vms(found))
-    if rejected:
-        near = Table(
-            "rejected",
-            (("address", "address"), ("layout", "layout"), ("score", "score"), ("summary", "why not")),
-            title="Rejected pages",
-            empty="none",
-            wrap="summary",
-        )
-        from vtdbg.scanner import scan
-
-        for item in scan(searched_memory(session), kinds=("vmcs",), layout=session.layout, rejected=True):
-            if item.classification == "rejected":
-                near.add(hexa(item.address), item.layout_id, str(item.score), item.summary)
-        report.add(near)
-    if found:
-        report.notes.append(STALE_VMCS)
-    report.python = [
-        *session.python_open(),
-        'for found in vtdbg.scan(machine, kinds=("vmcs",)):',
-        "    print(hex(found.address), found.classification, found.score, found.evidence)",
-    ]
-    return report
 
 
 @verb(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple
 
 from vtdbg.report import Table, Value, hexa
 from vtdbg.scanner import Found
-from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.find import equal_guest
 from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.x86.mode import mode_name
+
+if TYPE_CHECKING:
+    from vtdbg.svm.vmcb import Vmcb
 
 _COLUMNS = (("host", "host RIP"), ("pointer", "EPTP"), ("tags", "VPID"), ("processors", "vCPUs"), ("mode", "mode"), ("blocks", "VMCS"))
 _SVM_COLUMNS = (("host", "IOPM"), ("pointer", "nCR3"), ("tags", "ASID"), ("processors", "vCPUs"), ("mode", "mode"), ("blocks", "VMCB"))

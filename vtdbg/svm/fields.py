@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
-from typing import Dict, List, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
-from vtdbg.bits import BitTable, read_rows
-from vtdbg.bits import table as bit_table
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
 from vtdbg.record import name_index, name_key
+from vtdbg.rows import read_rows
+
+if TYPE_CHECKING:
+    from vtdbg.bits import BitTable
 
 LAYOUTS = {"vmcb": "VMCB", "vmsa": "VMSA"}
 """vmcb: control area at 0, save area at 0x400.  vmsa: the save area of an SEV-ES guest, a page of its own that its key encrypts."""
@@ -37,8 +38,7 @@ GROUPS = {
 """Groups in the order of the APM's appendix (APM vol. 2, appendix VMCB Layout)."""
 
 
-@dataclass(frozen=True)
-class VmcbField:
+class VmcbField(NamedTuple):
     """One field.  `size` in bytes, `kind` "int" or "bytes", `by` "vmload" for what VMRUN does not move; `gate` see the head of the CSV."""
 
     layout: str
@@ -64,8 +64,11 @@ class VmcbField:
         return self.size * 2
 
     @property
-    def table(self) -> Optional[BitTable]:
-        return bit_table(self.bits) if self.bits else None
+    def table(self) -> "Optional[BitTable]":
+        # Decoding a page needs the fields, not the bits of the fields.
+        from vtdbg.bits import table
+
+        return table(self.bits) if self.bits else None
 
 
 def _field(row: Mapping[str, str]) -> VmcbField:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
-from typing import Dict, List, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
-from vtdbg.bits import BitTable, read_rows
-from vtdbg.bits import table as bit_table
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
 from vtdbg.record import name_index, name_key
+from vtdbg.rows import read_rows
+
+if TYPE_CHECKING:
+    from vtdbg.bits import BitTable
 
 WIDTHS = {"16": 2, "64": 8, "32": 4, "natural": 8}
 
@@ -29,8 +30,7 @@ GROUPS = {
 _ALIAS_COLUMNS = ("ia32doc", "bochs", "xen", "kut", "rust", "tdx", "vbox")
 
 
-@dataclass(frozen=True)
-class VmcsField:
+class VmcsField(NamedTuple):
     """One field.  `size` in bytes is what a VMREAD gives (natural-width: 8); `gate` see the head of vmcs_fields.csv."""
 
     encoding: int
@@ -58,8 +58,11 @@ class VmcsField:
         return self.size * 2
 
     @property
-    def table(self) -> Optional[BitTable]:
-        return bit_table(self.bits) if self.bits else None
+    def table(self) -> "Optional[BitTable]":
+        # Decoding a page needs the fields, not the bits of the fields.
+        from vtdbg.bits import table
+
+        return table(self.bits) if self.bits else None
 
 
 def _field(row: Mapping[str, str]) -> VmcsField:
@@ -73,6 +76,12 @@ def fields() -> Mapping[int, VmcsField]:
     """Every known field by its (even, full-access) encoding, in encoding order."""
     rows = [_field(row) for row in read_rows("vmcs_fields.csv")]
     return {row.encoding: row for row in sorted(rows, key=lambda row: row.encoding)}
+
+
+@cache
+def by_canonical_name() -> Mapping[str, VmcsField]:
+    """Every known field by its name, exactly as it is written here."""
+    return {row.name: row for row in fields().values()}
 
 
 @cache
@@ -100,6 +109,9 @@ def find(name: Union[str, int]) -> VmcsField:
 def get(name: Union[str, int]) -> Optional[VmcsField]:
     """Like `find`, None where nobody knows it."""
     if isinstance(name, str):
+        canonical = by_canonical_name().get(name)
+        if canonical is not None:
+            return canonical
         text = name.strip()
         if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
             return get(int(text, 16))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections import Counter, deque
-from dataclasses import dataclass
-from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.evidence import Evidence
@@ -156,8 +155,7 @@ _GUEST_STATE = (0x681C, 0x6802, 0x6816, 0x6818, 0x6814, 0x680E, 0x6810, 0x0802, 
 """Guest RSP, CR3, GDTR, IDTR, TR, FS, GS base, CS and TR selector, GDTR and IDTR limit, CR0."""
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A VMCS that was found: where, what it holds, and whether it is a vmcs12 (the VMCS of a nested hypervisor, kept by software)."""
 
     address: int

@@ -137,7 +137,7 @@ class _LayoutFile:
 
     def _fields(self, form: str) -> Iterator[Tuple[int, LayoutField]]:
         named: Dict[int, str] = {}
-        canonical = {row.name: row for row in vmcs_fields.fields().values()}
+        canonical = vmcs_fields.by_canonical_name()
         for name, place in self._object("'fields'", self.content["fields"]).items():
             field = canonical.get(name) or self._field(name)
             if field.encoding in named:

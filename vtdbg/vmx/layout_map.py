@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
-from typing import Dict, Mapping, Optional, Tuple
+from typing import Dict, Mapping, NamedTuple, Optional, Tuple
 
 from vtdbg.errors import FormatError
 from vtdbg.vmx import fields as vmcs_fields
@@ -30,8 +30,7 @@ Span = Tuple[int, int]
 """(offset, size) in bytes"""
 
 
-@dataclass(frozen=True)
-class LayoutField:
+class LayoutField(NamedTuple):
     """Where one field is: `size` bytes at `offset`.  `note` says what is special ("inferred from ...", "until Linux 5.7")."""
 
     offset: int

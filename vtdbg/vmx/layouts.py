@@ -9,15 +9,14 @@ use the same number, and some changed their layout and kept it.  `candidates` th
 from __future__ import annotations
 
 import os
-import pkgutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from vtdbg.bits import read_rows
 from vtdbg.errors import FormatError, UnknownName
 from vtdbg.evidence import Evidence
 from vtdbg.names import near_names
+from vtdbg.rows import read_data, read_rows
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.layout_file import PathLike, load_layout, parse_layout, save_layout
 from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, ACCESS_RIGHTS_FORMS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField, rotated_right, unpacked
@@ -28,8 +27,7 @@ __all__ = ["ACCESS_RIGHTS_FIELDS", "ACCESS_RIGHTS_FORMS", "Candidate", "Evidence
            "SHADOW_BIT", "candidates", "decode_candidates", "decode_page", "find_layout", "header_words", "index", "is_empty", "layout",
            "layouts", "layouts_for", "load_layout", "parse_layout", "rank", "revision_ids", "save_layout", "score_page"]
 
-@dataclass(frozen=True)
-class IndexRow:
+class IndexRow(NamedTuple):
     """A row of `data/layouts/index.csv`; `layout` is empty for a revision identifier whose layout nobody published."""
 
     layout: str
@@ -95,10 +93,7 @@ def layout(name: str) -> Layout:
 
 @cache
 def _packaged(name: str) -> Layout:
-    data = pkgutil.get_data("vtdbg", f"data/layouts/{name}.json")
-    if data is None:
-        raise UnknownName("layout", name)
-    return parse_layout(data, f"layout {name}")
+    return parse_layout(read_data(f"layouts/{name}.json"), f"layout {name}")
 
 
 # --- recognition by content ------------------------------------------------------------------------------------------------------
@@ -113,8 +108,7 @@ _MARGIN = 0.15
 """Two candidates fit "equally well" when the weaker has at most this part less than the stronger."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A layout that has the page's revision identifier, with how well the page's content fits it."""
 
     layout: Layout

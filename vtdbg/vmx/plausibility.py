@@ -8,15 +8,13 @@ page: people look at a VMCS because something in it is wrong.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import List, Mapping, Optional, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 from vtdbg.evidence import ADDRESS_LIMIT, Evidence, Judge, canonical, is_page, is_pat
 from vtdbg.vmx import fields as vmcs_fields
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """`good` and `bad` are the points of each field of `encodings` whose value is not 0 and passes or fails.  `judge` answers True,
     False, or None for a value that says nothing.  `passed` and `failed` are the words, `brief` a short name; `group` names several
     fields together."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Mapping, NamedTuple, Optional, Sequence, Union
 
 from vtdbg.record import MissingField, Name, Record, checked_values
 from vtdbg.vmx import fields as vmcs_fields
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FieldValue", "MissingField", "Name", "Vmcs"]
 
 
-@dataclass(frozen=True)
-class FieldValue:
+class FieldValue(NamedTuple):
     """A field, its value, and where the value is from ("page offset 0x1c8, layout bochs_2.7", "text line 12")."""
 
     field: VmcsField
