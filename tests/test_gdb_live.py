@@ -220,6 +220,26 @@ def test_a_connection_that_breaks_in_a_read_is_repaired(guest: Lab) -> None:
         plain.execute("maintenance packet Qqemu.PhyMemMode:0")
 
 
+def test_a_gdb_that_loses_its_target_in_a_read_and_connects_again(guest: Lab) -> None:
+    """The connection is cut while the plugin reads physical memory; in the same GDB, connected again, memory packets are virtual before anything
+    else is typed, and registers and commands are as before."""
+    dump = f"vmcb dump {guest.state['vmcb']:#x}"
+    with Wire(guest.port, after=b"$m", count=300) as wire, plugged(wire.port) as gdb:
+        registers, text = gdb.execute("info registers"), body(gdb.execute(dump))
+        for command in ("vmcb list --no-fast", "vt source info"):
+            line = error(gdb, command)
+            assert "connection to the target is lost" in line or "connect first" in line
+        time.sleep(0.2)
+        said = gdb.execute(f"target remote 127.0.0.1:{wire.port}")
+        assert '"0"' in gdb.execute(MODE)
+        said += gdb.execute("info registers")
+        assert registers in said
+        text_again = gdb.execute(dump)
+        assert body(text_again) == text and "was left" not in text_again and "were physical before" not in text_again
+        assert '"0"' in gdb.execute(MODE)
+    assert not guest.running
+
+
 # --- in the host -------------------------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,21 @@ class Front:
         if self._session is not None:
             self._session.forget()
 
+    def reconnected(self) -> None:
+        """A thread has appeared: GDB is connected, to something."""
+        if self._session is None:
+            return
+        try:
+            self._session.reconnected()
+        except VtdbgError as error:
+            self._session.said = str(error)
+        self._say()
+
+    def _say(self) -> None:
+        if self._session is not None and self._session.said:
+            gdb.write(f"! {self._session.said}\n")
+            self._session.said = None
+
     def run(self, words: Sequence[str]) -> None:
         from vtdbg.commands.run import run_words
         from vtdbg.commands.session import Session
@@ -58,9 +73,7 @@ class Front:
         except KeyboardInterrupt:
             raise gdb.GdbError("vt: interrupted; the target is as it was") from None
         finally:
-            if self.session.said:
-                gdb.write(f"! {self.session.said}\n")
-                self.session.said = None
+            self._say()
         gdb.set_convenience_variable("vt_status", outcome.status)
         if outcome.error:
             raise gdb.GdbError(outcome.error)
@@ -219,7 +232,11 @@ def register() -> None:
             _register_group(front, start, group, verbs)
     for name, function, help in FUNCTIONS:
         Function(front, name, _lazily(function), help)
-    for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call"):
+    for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call", "new_objfile", "clear_objfiles", "free_objfile"):
         event = getattr(gdb.events, name, None)
         if event is not None:
             event.connect(lambda *_: front.forget())
+    appeared = getattr(gdb.events, "new_thread", None)
+    if appeared is not None:
+        # Not at once: GDB is in the middle of connecting.
+        appeared.connect(lambda *_: gdb.post_event(front.reconnected))

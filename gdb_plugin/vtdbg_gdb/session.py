@@ -78,6 +78,14 @@ class GdbSession(Session):
             self.port.packet(SET + "0")
             self.said = PUT_BACK
 
+    def reconnected(self) -> None:
+        """A target is there again: where the last one was lost in physical mode, what GDB itself reads must not wait for the next command."""
+        if self._live is not None and self._live.mode.abandoned:
+            self.leave()
+        if self._lost_at is not None and self.port.connection() is not None:
+            self.port.require_stopped()
+            self._repair(self.port.endpoint())
+
     def forget(self) -> None:
         self._cache.clear()
         if self._live is not None:
