@@ -17,21 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.browser import Browser, Unavailable
 from support.fixtures import need
-from support.tables import K4, TableBuilder
+from support.tables import G1, K4, TableBuilder
+from test_hierarchy import three_levels
+from test_nested_verbs import FRAME, HOOKED, ORIGINAL, PATCHED, image, pages_of, switching, view, vmcs_page
 
 from vtdbg.address_map import address_map
 from vtdbg.commands.report_page import ReportPage
 from vtdbg.commands.run import Outcome, run_words
 from vtdbg.commands.session import Session
-from vtdbg.enumeration import Enumeration
+from vtdbg.enumeration import Enumeration, Range
 from vtdbg.memory.open import open_machine
 from vtdbg.render.html import HtmlRenderer, embedded, page, render_html
-from vtdbg.render.pictures import map_data, msr_data, msr_names
+from vtdbg.render.pictures import exact_ranges, map_data, msr_data, msr_names
 from vtdbg.render.text import render_text
 from vtdbg.report import Group, Lines, Pairs, Report, Table, Value
 from vtdbg.svm.bitmaps import MsrPermissionMap
 from vtdbg.vmx.bitmaps import MsrBitmap
 from vtdbg.vmx.ept import Ept, ept_walk
+from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.x86.permission import READ, WRITE
 
 VM_A, EPTP_A = 0x6826000, 0x685105E
@@ -134,6 +137,43 @@ def hooked(intel_plain: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def values(intel_plain: Path) -> Dict[int, int]:
+    with open_machine(intel_plain).memory as memory:
+        return {value.field.encoding: value.value for value in Vmcs.from_page(memory.read_page(VM_A)).values()}
+
+
+@pytest.fixture(scope="module")
+def switched_page(values: Dict[int, int], folder: Path) -> Path:
+    """A guest with two views in its EPTP list: the second one runs another frame."""
+    plain, hooking = view(0xA00000), view(0xB00000, (FRAME, 4))
+    listed = struct.pack("<2Q", plain.root | 0x1E, hooking.root | 0x1E) + bytes(K4 - 16)
+    path = image(folder / "switched.raw", *pages_of(plain, hooking), (HOOKED, ORIGINAL), (FRAME, PATCHED), (0xC00000, listed),
+                 (0xC01000, switching(values, plain.root | 0x1E, 0xC00000)), (0xC02000, bytes(K4)))
+    written(path, folder / "switched.html", "--format", "raw")
+    return folder / "switched.html"
+
+
+def scattered() -> TableBuilder:
+    """6000 pages, every second address, each to a frame of its own; a misconfigured one; far from them a page of 1 GiB."""
+    builder = TableBuilder(base=0x1000000)
+    for number in range(6000):
+        at, _ = builder.entry_address(2 * number * K4, 1, 7)
+        builder.set(at, (number * 7919 % 8192 + 16) * K4 | (6 << 3) | (7 if number % 2 else 5))
+    at, _ = builder.entry_address(K4, 1, 7)
+    builder.set(at, 0x32)
+    builder.map(64 * G1, 0, G1, 0xB7, 7)
+    return builder
+
+
+@pytest.fixture(scope="module")
+def scattered_page(values: Dict[int, int], folder: Path) -> Path:
+    builder = scattered()
+    path = image(folder / "scattered.raw", *pages_of(builder), (0x800000, vmcs_page(values, EPT_POINTER=builder.root | 0x1E)))
+    written(path, folder / "scattered.html", "--format", "raw")
+    return folder / "scattered.html"
+
+
+@pytest.fixture(scope="module")
 def hooked_page(hooked: Path, folder: Path) -> Path:
     written(hooked, folder / "hooked.html")
     return folder / "hooked.html"
@@ -194,6 +234,53 @@ def test_the_nested_guest_is_under_the_vm_whose_memory_holds_its_vmcs(nested_pag
     outer, inner, below = (tree.index(f"VMCS at {address:#x}<") for address in (at["vmcs01"], 0x31000, at["vmcs02"]))
     assert outer < tree.index("Hypervisor inside") < inner < below
     assert f"other-{at['shadow_vmcs']:x}" in tree and f"other-{at['cached_vmcs12']:x}" in tree
+
+
+def test_an_ept_of_a_nested_hypervisor_is_drawn_in_its_vms_memory(values: Dict[int, int], folder: Path) -> None:
+    """EPT12: the tables that L1 made for L2 lie in L1's memory, and so do those that L2 made for L3; pages of each are listed."""
+    path = image(folder / "levels.raw", *[(at, bytes(page)) for at, page in three_levels(values).pages.items()])
+    content = written(path, folder / "levels.html", "--format", "raw")
+    shown = Parsed(content).words
+    for pointer in (0x20001E, 0x2001E):
+        assert f"Guest-physical address space through EPTP {pointer:#x}" in shown
+    maps = json.loads(Parsed(content).scripts[0])["maps"]
+    inner, = [item for item in maps if item["title"].endswith("EPTP 0x2001e")]
+    # L2's page 7 is L1's page 9 (the frame here is guest-physical), and no command line reaches it.
+    assert [piece[3] for piece in inner["pieces"] if piece[0] <= 7 < piece[0] + piece[1]] == [9] and inner["walk"] == ""
+    assert "It runs inside the VM with EPTP 0x20001e" in shown
+
+
+def test_hooks_between_the_views_of_a_guest_are_listed_with_their_code(switched_page: Path) -> None:
+    found = Parsed(switched_page.read_text("ascii"))
+    shown = found.words
+    assert "Hooks: 2 places" in shown and "entry 1 of the EPTP list of the VMCS at 0xc01000" in shown and "jmp 0x206045" in shown
+    hooks = json.loads(found.scripts[0])["maps"][0]["hooks"]
+    assert [HOOKED // K4, 1, f"view-frame, view-rights: another table has {FRAME:#x} --x"] in hooks
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 1 << 20), st.integers(0, 1 << 40), st.sampled_from([5, 7])), max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_exact_ranges_decode_to_what_they_were(steps: List[Tuple[int, int, int, int]]) -> None:
+    kind, tables = Ept(0x1E).tables.levels[-1].leaf, Ept(0x1E).tables
+    assert kind is not None
+    rows, end = [], 0
+    for gap, pages, target, rights in steps:
+        rows.append(Range((end + gap) * K4, target * K4, pages * K4, K4, rights, 0x30, kind, tables))
+        end += gap + pages
+    meanings: Dict[Any, int] = {}
+    numbers, value, shift = [], 0, 0
+    for byte in base64.b64decode(exact_ranges(rows, meanings)):
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            numbers.append(value)
+            value = shift = 0
+    found, at, goes = [], 0, 0
+    for gap, pages, meaning, step in zip(*[iter(numbers)] * 4):
+        goes += -(step + 1) // 2 if step % 2 else step // 2
+        found.append(((at + gap) * K4, goes * K4, pages * K4, str(list(meanings)[meaning].permissions)))
+        at, goes = at + gap + pages, goes + pages
+    assert found == [(row.start, row.target, row.length, str(row.permissions)) for row in rows]
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=30) | st.sampled_from(
@@ -441,6 +528,36 @@ def test_the_keyboard_zooms_down_to_a_page_and_names_it(browser: Browser, hooked
 
 
 @pytest.mark.live
+def test_a_picture_of_thousands_of_scattered_pages_zooms_down_to_each(browser: Browser, scattered_page: Path) -> None:
+    """From afar they are taken together; close by, each says what a walk says."""
+    opened(browser, scattered_page)
+    browser.run(f"document.querySelector(`{PICTURE}`).focus()")
+    assert "taken together" in readout(browser)
+    builder = scattered()
+    memory, eptp = builder.memory(), builder.root | 0x1E
+    for gpa in (0, 2 * K4, 4321 * 2 * K4, 5999 * 2 * K4, 64 * G1 + 0x1234000):
+        browser.run("const i = document.querySelector('figure[data-map] input'); i.value = ''; i.focus()")
+        browser.press(*hex(gpa), "Enter")
+        walk, said = ept_walk(memory, eptp, gpa), readout(browser)
+        assert said.startswith(f"{gpa:#x} to {gpa + 0xFFF:#x}: {walk.permissions} WB") and f"goes to {walk.hpa:#x}" in said, said
+    browser.run("const i = document.querySelector('figure[data-map] input'); i.value = ''; i.focus()")
+    browser.press(*"0x1000", "Enter")
+    assert readout(browser).startswith("0x1000 to 0x1fff: misconfiguration")
+    assert browser.console() == []
+
+
+@pytest.mark.live
+def test_a_key_goes_to_the_next_hook(browser: Browser, switched_page: Path) -> None:
+    opened(browser, switched_page)
+    browser.run(f"document.querySelector(`{PICTURE}`).focus()")
+    while cell(browser) > 4096:
+        browser.press("+")
+    browser.press("h")
+    assert readout(browser).startswith(f"{HOOKED:#x} to") and "hook at 0x205000 (view-frame, view-rights" in readout(browser)
+    assert browser.run(f"return document.querySelectorAll(`{PICTURE} .flag`).length") == 1
+
+
+@pytest.mark.live
 def test_hooks_and_misconfigurations_are_marked(browser: Browser, hooked_page: Path) -> None:
     opened(browser, hooked_page)
     browser.run(f"document.querySelector(`{PICTURE}`).focus()")
@@ -531,10 +648,11 @@ def test_on_paper_everything_is_unfolded_and_on_white(browser: Browser, hooked_p
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.run("return getComputedStyle(document.querySelector('.toolbar')).display") == "none"
     assert browser.run("return document.querySelectorAll('details').length") > 3
+    unfolded = browser.run("return document.querySelectorAll('details[open]').length")
     browser.run("window.dispatchEvent(new Event('beforeprint'))")
     assert browser.run("return document.querySelectorAll('details:not([open])').length") == 0
     browser.run("window.dispatchEvent(new Event('afterprint'))")
-    assert browser.run("return document.querySelectorAll('details[open]').length") == 0
+    assert browser.run("return document.querySelectorAll('details[open]').length") == unfolded
     browser.emulate("", "light")
     assert browser.pdf().startswith(b"%PDF-")
     assert browser.console() == []

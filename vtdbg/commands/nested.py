@@ -16,6 +16,7 @@ from vtdbg.svm.npt import Npt
 from vtdbg.vmx.controls import control
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.structures import decode_eptp_list
+from vtdbg.vmx.vmcs import Vmcs
 from vtdbg.walk import parse_access
 
 if TYPE_CHECKING:
@@ -65,26 +66,32 @@ def with_eptp_lists(session: Session, roots: Sequence[Root], further: Sequence[i
     for eptp in further:
         pointers.setdefault(eptp, ept_roots(session, eptp, None)[0])
     for item in (chosen_vmcs(session) if any(root.users for root in roots) else ()):
-        if item.vmcs.get("EPT_POINTER") not in pointers or control(item.vmcs, "vmfunc", "EPTP_SWITCHING") is not True:
+        if item.vmcs.get("EPT_POINTER") not in pointers:
             continue
-        address = item.vmcs.get("EPTP_LIST_ADDRESS")
-        try:
-            entries = () if address is None else decode_eptp_list(session.machine.memory.read_page(address), session.caps)
-        except VtdbgError as error:
-            notes.append(f"the EPTP list of {item.title} was not read: {error}")
-            continue
-        wrong = [entry for entry in entries if entry.eptp and not entry.valid]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            notes.append(f"entry {wrong[0].index} ({wrong[0].eptp:#x}){more} is no valid EPTP in the EPTP list of {item.title}: "
-                         "switching to it exits")
-        for entry in entries:
-            if entry.eptp and entry.valid:
-                title = f"entry {entry.index} of the EPTP list of {item.title}"
-                root = pointers.setdefault(entry.eptp, Root(Ept(entry.eptp, session.caps), f"EPTP {entry.eptp:#x}", f"{entry.eptp:#x}"))
-                if title not in root.users:
-                    root.users.append(title)
+        listed, words = listed_views(item.vmcs, item.title, session)
+        notes += words
+        for view in listed:
+            root = pointers.setdefault(view.tables.eptp, view) if isinstance(view.tables, Ept) else view
+            root.users.extend(title for title in view.users if title not in root.users)
     return list(pointers.values()), notes
+
+
+def listed_views(vmcs: Vmcs, title: str, session: Session) -> Tuple[List[Root], List[str]]:
+    """The valid entries of the EPTP list that a VMCS makes its guest's VMFUNC use, and what has to be said of the list."""
+    address = vmcs.get("EPTP_LIST_ADDRESS")
+    if address is None or control(vmcs, "vmfunc", "EPTP_SWITCHING") is not True:
+        return [], []
+    try:
+        entries = decode_eptp_list(session.machine.memory.read_page(address), session.caps)
+    except VtdbgError as error:
+        return [], [f"the EPTP list of {title} was not read: {error}"]
+    notes = []
+    wrong = [entry for entry in entries if entry.eptp and not entry.valid]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        notes.append(f"entry {wrong[0].index} ({wrong[0].eptp:#x}){more} is no valid EPTP in the EPTP list of {title}: switching to it exits")
+    return [Root(Ept(entry.eptp, session.caps), f"EPTP {entry.eptp:#x}", f"{entry.eptp:#x}", [f"entry {entry.index} of the EPTP list of {title}"])
+            for entry in entries if entry.eptp and entry.valid], notes
 
 
 def npt_roots(session: Session, ncr3: Optional[int], vmcb: Optional[int]) -> List[Root]:

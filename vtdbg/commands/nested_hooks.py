@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, List, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.nested import ROOT_OPTION, Root, nested_report, python_tables
 from vtdbg.commands.nested_diff import named
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
+from vtdbg.memory.base import PhysicalMemory
 from vtdbg.nested.hooks import SIGNS, Hook, Patch, View, hooks, instructions, kinship, patches, read_pair, view, view_hooks
 from vtdbg.numbers import size_text
 from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hexa
@@ -22,6 +24,47 @@ _PATCHES = 4
 """Differing places of a page that are shown."""
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What stands out in the tables of `root`, by themselves or against those of `first`."""
+
+    root: Root
+    title: str
+    found: Sequence[Hook]
+    first: Optional[Root] = None
+    seen: Optional[View] = None
+    """The tables as they were looked at; None where their pointer is not valid."""
+
+
+def all_hooks(memory: PhysicalMemory, roots: Sequence[Root]) -> Tuple[List[Hooks], List[str]]:
+    """Each table by itself, then each further table of a guest against the first one of that guest; and which tables are of separate guests.
+
+    Tables that share most of their frames are views of one guest.
+    """
+    found: List[Hooks] = []
+    for root in roots:
+        title = f"stands out in {named(root)}"
+        if root.tables.root_problem:
+            found.append(Hooks(root, title, ()))
+            continue
+        seen = view(memory, root.tables)
+        found.append(Hooks(root, title, hooks(seen.rows), seen=seen))
+    guests: List[Tuple[Root, View]] = []
+    strangers: List[str] = []
+    for number, item in enumerate([item for item in found if item.seen is not None]):
+        assert item.seen is not None
+        for first_root, first in guests:
+            common, same = kinship(first.rows, item.seen.rows)
+            if common and 2 * same > common:
+                title = f"{named(item.root)} against {named(first_root)}: {size_text(same)} of {size_text(common)} go to the same frames"
+                found.append(Hooks(item.root, title, list(view_hooks(first.rows, item.seen.rows, number)), first_root))
+                break
+            strangers.append(f"{item.root.title} and {first_root.title}")
+        else:
+            guests.append((item.root, item.seen))
+    return found, strangers
+
+
 def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes: Sequence[str] = (), mode: str = "64", limit: int = 200,
                  no_code: bool = False) -> Report:
     """What stands out in each table, then what each further table of the same guest says differently from the first one of that guest."""
@@ -31,50 +74,40 @@ def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes
     report = nested_report(command, session, roots)
     report.notes += notes
     report.python += ["from vtdbg.nested.hooks import hooks, view"]
-    views: List[Tuple[Root, View]] = []
-    for root in roots:
-        group = Group("tables", f"stands out in {named(root)}", [], {"root": f"{root.tables.root:#x}"})
-        report.add(group)
-        if root.tables.root_problem:
-            group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
+    groups, strangers = all_hooks(session.machine.memory, roots)
+    for item in groups:
+        report.add(hooks_group(item, session, kind, mode=int(mode), limit=limit, no_code=no_code))
+        if item.found or item.first is None and (item.seen is None or not item.seen.complete):
             report.status = FINDINGS
-            continue
-        seen = view(session.machine.memory, root.tables)
-        views.append((root, seen))
-        _add(report, group, session, hooks(seen.rows), kind, root, int(mode), limit, no_code)
-        if not seen.complete:
-            report.status = FINDINGS
-            group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges", "warn")]))
-        if seen.problems:
-            words = f"{seen.problems} problem{'s' * (seen.problems != 1)} in these tables, which `{kind} dump` lists: no hook is looked for there"
-            group.add(Lines("broken", [Value(seen.problems, words, "dim")]))
-        report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, root)}).rows))")
-    _compare(report, session, views, kind, int(mode), limit, no_code)
-    return report
-
-
-def _compare(report: Report, session: Session, views: Sequence[Tuple[Root, View]], kind: str, mode: int, limit: int, no_code: bool) -> None:
-    """Tables that share most of their frames are views of one guest; each is compared with the first of its guest."""
-    guests: List[Tuple[int, Root, View]] = []
-    strangers: List[str] = []
-    for number, (root, seen) in enumerate(views):
-        for _, first_root, first in guests:
-            common, same = kinship(first.rows, seen.rows)
-            if common and 2 * same > common:
-                title = f"{named(root)} against {named(first_root)}: {size_text(same)} of {size_text(common)} go to the same frames"
-                group = Group("views", title, [], {"first": f"{first_root.tables.root:#x}", "second": f"{root.tables.root:#x}"})
-                report.add(group)
-                _add(report, group, session, list(view_hooks(first.rows, seen.rows, number)), kind, root, mode, limit, no_code)
-                break
-            strangers.append(f"{root.title} and {first_root.title}")
-        else:
-            guests.append((number, root, seen))
+        if item.seen is not None:
+            report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, item.root)}).rows))")
     if strangers:
         words = f"not compared, because they share less than half of their frames (separate guests): {'; '.join(strangers)}"
         report.add(Lines("strangers", [Value(strangers, words, "dim")]))
+    return report
 
 
-def _add(report: Report, group: Group, session: Session, found: Sequence[Hook], kind: str, root: Root, mode: int, limit: int, no_code: bool) -> None:
+def hooks_group(item: Hooks, session: Session, kind: str, *, mode: int, limit: int, no_code: bool) -> Group:
+    """One table's hooks with what their bytes say, and what was not looked at."""
+    root, seen = item.root, item.seen
+    if item.first is not None:
+        group = Group("views", item.title, [], {"first": f"{item.first.tables.root:#x}", "second": f"{root.tables.root:#x}"})
+        group.blocks += _blocks(item.found, session, kind, root, mode, limit, no_code)
+        return group
+    group = Group("tables", item.title, [], {"root": f"{root.tables.root:#x}"})
+    if seen is None:
+        group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
+        return group
+    group.blocks += _blocks(item.found, session, kind, root, mode, limit, no_code)
+    if not seen.complete:
+        group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges", "warn")]))
+    if seen.problems:
+        words = f"{seen.problems} problem{'s' * (seen.problems != 1)} in these tables, which `{kind} dump` lists: no hook is looked for there"
+        group.add(Lines("broken", [Value(seen.problems, words, "dim")]))
+    return group
+
+
+def _blocks(found: Sequence[Hook], session: Session, kind: str, root: Root, mode: int, limit: int, no_code: bool) -> List[Block]:
     table = Table(
         "hooks",
         (("start", "guest-physical"), ("length", "size"), ("target", "goes to"), ("permissions", "perm"), ("expected", "expected"),
@@ -91,18 +124,16 @@ def _add(report: Report, group: Group, session: Session, found: Sequence[Hook], 
             Value(hook.usual or None, hook.usual or "-", "" if hook.usual else "dim"),
             Value(list(hook.signs), ", ".join(hook.signs), "warn"),
         )
-    group.add(table)
     if not found:
-        return
-    report.status = FINDINGS
+        return [table]
     signs = [sign for sign in SIGNS if any(sign in hook.signs for hook in found)]
-    group.add(Lines("signs", [Value(sign, f"{sign}: {SIGNS[sign]}", "dim") for sign in signs]))
+    blocks: List[Block] = [table, Lines("signs", [Value(sign, f"{sign}: {SIGNS[sign]}", "dim") for sign in signs])]
     if len(found) > limit:
-        group.add(Lines("cut", [Value(len(found) - limit, f"... {len(found) - limit} more rows: --limit shows more", "warn")]))
-    if not no_code:
-        for hook in found[:limit]:
-            if hook.moved:
-                group.blocks += _bytes(session, hook, mode)
+        blocks.append(Lines("cut", [Value(len(found) - limit, f"... {len(found) - limit} more rows: --limit shows more", "warn")]))
+    for hook in found[:limit]:
+        if hook.moved and not no_code:
+            blocks += _bytes(session, hook, mode)
+    return blocks
 
 
 def _bytes(session: Session, hook: Hook, mode: int) -> List[Block]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
-from vtdbg.address_map import PIECES, WORK_LIMIT, address_map
+from vtdbg.address_map import EXACT, PIECES, WORK_LIMIT, address_map
 from vtdbg.commands import registry
 from vtdbg.commands.bitmaps import Owner, msr_bitmap_of
 from vtdbg.commands.maps import aggregation, map_blocks
+from vtdbg.commands.nested import Root, listed_views
+from vtdbg.commands.nested_hooks import Hooks, all_hooks, hooks_group
 from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
-from vtdbg.enumeration import Enumeration
+from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.hierarchy import Block as TreeBlock
 from vtdbg.hierarchy import Hierarchy, Hypervisor, Tables, Vm, hierarchy
@@ -21,6 +23,7 @@ from vtdbg.render.html import HtmlRenderer, escape, page
 from vtdbg.render.pictures import map_data, msr_data, msr_names
 from vtdbg.report import Block, Group, Lines, Report, Table, Value
 from vtdbg.scanner import Found
+from vtdbg.svm.npt import Npt
 from vtdbg.vmx.ept import Ept
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -29,6 +32,14 @@ MOST_BLOCKS = 64
 ALL_PIECES = 1 << 15
 """Pieces of all address spaces of a page together."""
 LISTED_RANGES = 500
+SHOWN_HOOKS = 50
+"""Hooks of each table that are listed with their bytes; the picture marks MARKED_HOOKS."""
+MARKED_HOOKS = 1000
+SIBLINGS = 8
+"""Other VMs of the hypervisor whose tables are compared with those of a VM: the processors of one guest can have tables of their own."""
+EXACT_RANGES = 1 << 18
+"""Ranges of all address spaces of a page together that are put on it one by one, so that a picture zooms down to each page."""
+FOLDED_ROWS = 16
 
 
 def run_verb(session: Session, name: str, **given: Any) -> Report:
@@ -76,7 +87,7 @@ class ReportPage:
         self.maps: List[Dict[str, Any]] = []
         self.msrs: List[Dict[str, Any]] = []
         self.total = self.shown = self.failing = 0
-        self._pieces = PIECES
+        self._pieces, self._exact = PIECES, EXACT_RANGES
         self._states: Dict[str, Tuple[str, str]] = {}
         self._sections: List[str] = []
         self._places: Dict[int, Tuple[Session, HtmlRenderer]] = {}
@@ -148,9 +159,9 @@ class ReportPage:
     def _hypervisor(self, item: Hypervisor) -> str:
         label = f"Hypervisor{' inside' if item.level else ''}: {item.title}"
         pages = [f"<li>{escape(f'page {entry.address:#x}: {entry.what}')}</li>" for entry in item.pages]
-        return f"<li>{escape(label)}<ul>{''.join(self._vm(vm) for vm in item.vms)}{''.join(pages)}</ul></li>"
+        return f"<li>{escape(label)}<ul>{''.join(self._vm(vm, item.vms) for vm in item.vms)}{''.join(pages)}</ul></li>"
 
-    def _vm(self, vm: Vm) -> str:
+    def _vm(self, vm: Vm, beside: Sequence[Vm]) -> str:
         ident = f"vm-{len(self._sections)}"
         self._sections.append("")
         place = len(self._sections) - 1
@@ -169,7 +180,7 @@ class ReportPage:
             self._states[item.ident] = "", ""
             shown.append(item)
         if shown or not vm.blocks:
-            self._sections[place] = self._vm_section(ident, vm, shown)
+            self._sections[place] = self._vm_section(ident, vm, shown, beside)
         for item in shown:
             words, style = self._states[item.ident]
             badge = f' <span class="badge {style}">{escape(words)}</span>' if words else ""
@@ -191,7 +202,7 @@ class ReportPage:
 
     def _machine_section(self, html: HtmlRenderer, tree: Hierarchy) -> str:
         session = self._session
-        pieces = ['<section id="machine"><h2>Machine</h2>', html.blocks(self._said(lambda: run_verb(session, "source info")))]
+        pieces = ['<section id="machine"><h2>Machine</h2>', html.blocks(self._said(lambda: run_verb(session, "source info")), fold=FOLDED_ROWS)]
         kinds = {item.kind for item in tree.rest} | {hypervisor.kind for hypervisor in tree.hypervisors}
         for kind in sorted(kinds, reverse=True):
             pieces.append(f"<h3>{kind.upper()} pages found</h3>" + html.blocks(self._listed(f"{kind} list")))
@@ -216,7 +227,7 @@ class ReportPage:
     def _fields(self, item: Found) -> List[Block]:
         return self._said(lambda: run_verb(self._session, "vmcs dump", address=item.address))
 
-    def _vm_section(self, ident: str, vm: Vm, shown: Sequence[Shown]) -> str:
+    def _vm_section(self, ident: str, vm: Vm, shown: Sequence[Shown], beside: Sequence[Vm]) -> str:
         pieces = [f'<section id="{ident}"><h2>{escape(_vm_words(vm))}</h2>']
         if vm.parent is not None:
             words = f"It runs inside the VM with {_tables_words(vm.parent.tables)}: addresses in its control blocks are guest-physical there."
@@ -224,33 +235,72 @@ class ReportPage:
         if vm.maps_itself:
             pieces.append('<p class="warn">Its tables map its own control block: the guest can change it.</p>')
         if vm.tables is not None:
-            pieces.append(self._address_space(*self._place(vm.parent), vm.tables, numbers_named=vm.parent is None))
+            session, html = self._place(vm.parent)
+            further, notes = self._views(session, vm, beside)
+            pieces += [f'<p class="warn">{escape(note)}</p>' for note in notes]
+            pieces.append(self._address_space(session, html, vm.tables, further, numbers_named=vm.parent is None))
         else:
             pieces.append('<p class="warn">No nested tables are in use, or the pointer to them is one that no processor accepts.</p>')
         for item in shown:
             pieces.append(self._block_section(item))
             if item.below and item.block.tables is not None:
                 named = item.session is self._session
-                pieces.append(self._address_space(item.session, item.html, item.block.tables, numbers_named=named))
+                pieces.append(self._address_space(item.session, item.html, item.block.tables, [], numbers_named=named))
         return "\n".join([*pieces, "</section>"])
 
-    def _address_space(self, session: Session, html: HtmlRenderer, tables: Tables, *, numbers_named: bool) -> str:
-        """Picture, letters and ranges.  `numbers_named`: a command line can ask for an address of it."""
+    def _views(self, session: Session, vm: Vm, beside: Sequence[Vm]) -> Tuple[List[Root], List[str]]:
+        """Tables that may be other views of the same guest: the EPTP lists of its control blocks, and the VMs of the same hypervisor."""
+        further: List[Root] = []
+        notes: List[str] = []
+        for block in vm.blocks:
+            if isinstance(block.fields, Vmcs):
+                listed, words = listed_views(block.fields, f"the VMCS at {block.address:#x}", session)
+                further, notes = [*further, *listed], [*notes, *words]
+        for other in [other for other in beside if other is not vm and other.tables is not None][:SIBLINGS]:
+            assert other.tables is not None
+            users = [f"{block.kind.upper()} at {block.address:#x}" for block in other.blocks]
+            further.append(Root(_structure(other.tables, session), other.tables.name, "", users))
+        return further, notes
+
+    def _address_space(self, session: Session, html: HtmlRenderer, tables: Tables, further: Sequence[Root], *, numbers_named: bool) -> str:
+        """Picture, letters, ranges and hooks.  `further`: tables that may be views of the same guest.  `numbers_named`: a command line can ask
+        for an address of it."""
         pointer = tables.pointer
         kind, option = ("ept", "eptp") if isinstance(tables.structure, Ept) else ("npt", "ncr3")
-        # With the capability MSRs that the user gave, which the tree was made without.
-        structure = Ept(pointer, session.caps) if kind == "ept" else tables.structure
+        structure = _structure(tables, session)
         title = f"Guest-physical address space through {tables.name}"
         if structure.root_problem:
             return f'<p class="bad">{escape(structure.root_problem)}</p>'
-        picture = address_map(Enumeration(session.machine.memory, structure, limit=WORK_LIMIT), self._pieces)
-        self.maps.append(map_data(picture, title, f"{kind} walk {{}} --{option} {pointer:#x}" if numbers_named else ""))
+        found = Enumeration(session.machine.memory, structure, limit=WORK_LIMIT)
+        kept: List[Range] = []
+        picture = address_map(found, self._pieces, _kept(found, kept, self._exact + 1))
+        exact = kept if picture.grain != EXACT and len(kept) <= self._exact else []
+        self._exact -= len(exact)
+        views = [root for root in further if root.tables.root != structure.root]
+        own = Root(structure, tables.name, f"{pointer:#x}")
+        hooks = self._hooks(session, own, views)
+        # What stands out in another table by itself is not in this picture.
+        marks = [mark for item in hooks if own in (item.root, item.first) for mark in item.found if mark.signs != ("split",)]
+        walk = f"{kind} walk {{}} --{option} {pointer:#x}" if numbers_named else ""
+        self.maps.append(map_data(picture, title, walk, marks[:MARKED_HOOKS], exact))
         ranges = html.blocks(_inside(self._said(lambda: run_verb(session, f"{kind} dump", limit=LISTED_RANGES, **{option: pointer}))), 4)
+        groups = [hooks_group(item, session, kind, mode=64, limit=SHOWN_HOOKS, no_code=False) for item in hooks]
+        count = len({(mark.start, mark.length) for item in hooks for mark in item.found})
+        many = f" (the picture marks the first {MARKED_HOOKS})" if len(marks) > MARKED_HOOKS else ""
+        heading = f"Hooks: {f'{count} place' + 's' * (count != 1) if count else 'none'}{many}"
+        coarse = [] if exact else aggregation(picture)
         return (f'<figure data-map="{len(self.maps) - 1}"><figcaption>{escape(title)}</figcaption>'
                 "<noscript><p>The picture needs JavaScript; below it is in letters.</p></noscript></figure>"
-                f"{html.blocks(aggregation(picture))}"
+                f"{html.blocks(coarse)}"
+                f"<details{' open' * bool(marks)}><summary>{escape(heading)}</summary>{html.blocks(groups, 4)}</details>"
                 f"<details><summary>The same in letters, and what deserves a look</summary>{html.blocks(map_blocks(picture), 4)}</details>"
                 f"<details><summary>Ranges</summary>{ranges}</details>")
+
+    def _hooks(self, session: Session, own: Root, further: Sequence[Root]) -> List[Hooks]:
+        """What stands out in a VM's own tables and in the EPTP lists of it, and against further tables where those are views of the same guest."""
+        found, _ = all_hooks(session.machine.memory, [own, *further])
+        listed = {id(root) for root in further if root.python}
+        return [item for item in found if item.root is own or item.first is own or item.first is None and item.found and id(item.root) in listed]
 
     def _block_section(self, item: Shown) -> str:
         session, html, kind, block = item.session, item.html, item.kind, item.block
@@ -297,6 +347,19 @@ class ReportPage:
         words = item.html.blocks(_inside(self._said(lambda: run_verb(item.session, "msrbitmap dump", **{item.kind: item.block.address}))), 5)
         return (f'<figure data-msr="{len(self.msrs) - 1}"><figcaption>{escape(title)}</figcaption></figure>'
                 f"<details><summary>MSRs whose accesses do not exit</summary>{words}</details>")
+
+
+def _structure(tables: Tables, session: Session) -> Union[Ept, Npt]:
+    """With the capability MSRs that the user gave, which the tree was made without."""
+    return Ept(tables.pointer, session.caps) if isinstance(tables.structure, Ept) else tables.structure
+
+
+def _kept(rows: Iterable[Range], kept: List[Range], limit: int) -> Iterator[Range]:
+    """The rows, of which the first `limit` are kept."""
+    for row in rows:
+        if len(kept) < limit:
+            kept.append(row)
+        yield row
 
 
 def _inside(blocks: Sequence[Block]) -> List[Block]:

@@ -11,6 +11,7 @@ import hashlib
 import html
 import json
 import pkgutil
+from dataclasses import replace
 from typing import Any, List, Mapping, Optional, Sequence
 
 from vtdbg.report import Block, Cell, Group, Lines, Pairs, Report, Table, Value, cell
@@ -37,9 +38,9 @@ class HtmlRenderer:
     def __init__(self, anchors: Optional[Mapping[str, str]] = None, program: str = "vtdbg") -> None:
         self._anchors, self._program = dict(anchors or {}), program
 
-    def blocks(self, blocks: Sequence[Block], level: int = 3) -> str:
-        """Blocks one after the other; titles are headings of `level`."""
-        return "\n".join(piece for piece in (self._block(block, level) for block in blocks) if piece)
+    def blocks(self, blocks: Sequence[Block], level: int = 3, fold: int = 0) -> str:
+        """Blocks one after the other; titles are headings of `level`.  With `fold`, longer tables are folded."""
+        return "\n".join(piece for piece in (self._block(block, level, fold) for block in blocks) if piece)
 
     def notes(self, report: Report) -> str:
         """What the reader must not miss."""
@@ -57,10 +58,13 @@ class HtmlRenderer:
                 words = f'<span class="command" title="{command}">{words}</span>'
         return f'<span class="{value.style}">{words}</span>' if value.style in STYLES and words else words
 
-    def _block(self, block: Block, level: int) -> str:
+    def _block(self, block: Block, level: int, fold: int) -> str:
         if isinstance(block, Group):
-            inner = self.blocks(block.blocks, min(level + 1, 6))
+            inner = self.blocks(block.blocks, min(level + 1, 6), fold)
             return f'<section class="group">{self._heading(block.title, level)}{inner}</section>'
+        if isinstance(block, Table) and 0 < fold < len(block.rows):
+            words = f"{block.title or 'Table'} ({len(block.rows)} rows)"
+            return f"<details><summary>{escape(words)}</summary>{self._table(replace(block, title=''))}</details>"
         if isinstance(block, Table):
             return self._table(block)
         if isinstance(block, Pairs):

@@ -41,14 +41,46 @@
       this.picture = picture;
       this.pieces = picture.pieces.map(([start, pages, mapped, target, ranges, meanings]) =>
         ({start: start, end: start + pages, mapped: mapped, target: target, ranges: ranges, meanings: meanings.map((index) => picture.meanings[index])}));
-      let furthest = 0;
-      this.ends = this.pieces.map((piece) => (furthest = Math.max(furthest, piece.end)));
+      this.hooks = picture.hooks.map(([start, pages, words]) => ({start: start, end: start + pages, words: words}));
+      this.detail = picture.detail;
+      this.index();
       this.whole = this.wholeCell();
       this.view = {all: true, start: 0, cell: this.whole};
       this.cursor = this.pieces.length ? this.aligned(this.pieces[0].start) : 0;
       this.build(figure);
       this.draw();
     }
+
+    index() {
+      let furthest = 0;
+      this.ends = this.pieces.map((piece) => (furthest = Math.max(furthest, piece.end)));
+    }
+
+    // What was taken together to be seen from afar, range by range; decoded when somebody comes closer.
+    unfold() {
+      if (!this.detail) return;
+      const bytes = atob(this.detail), meanings = this.picture.meanings.map((meaning) => [meaning]), found = [];
+      this.detail = "";
+      let at = 0, end = 0, target = 0;
+      const number = () => {
+        let value = 0, factor = 1, byte;
+        do { byte = bytes.charCodeAt(at++); value += (byte & 127) * factor; factor *= 128; } while (byte & 128);
+        return value;
+      };
+      while (at < bytes.length) {
+        const start = end + number(), pages = number(), meaning = meanings[number()], step = number();
+        target += step % 2 ? -(step + 1) / 2 : step / 2;
+        found.push({start: start, end: start + pages, mapped: pages, target: target, ranges: 1, meanings: meaning});
+        end = start + pages;
+        target += pages;
+      }
+      for (const [start, pages, meaning] of this.picture.faults)
+        found.push({start: start, end: start + pages, mapped: 0, target: null, ranges: 0, meanings: meanings[meaning]});
+      this.pieces = found.sort((one, two) => one.start - two.start);
+      this.index();
+    }
+
+    hookAt(first, end) { return this.hooks.find((hook) => hook.start < end && hook.end > first); }
 
     wholeCell() {
       let cell = FINEST;
@@ -104,6 +136,7 @@
           if (meaning.mark) mark = true;
         }
       }
+      if (this.hookAt(first, end)) mark = true;
       const part = permissions.size > 0 && covered < end - first;
       return {permissions: [...permissions].sort(), types: [...types].sort(), part: part, problem: problem, mark: mark, letter: letter,
               key: [[...permissions].sort(), [...types].sort(), part, problem, mark].join("|"), none: !permissions.size && !problem};
@@ -124,7 +157,7 @@
       this.input.addEventListener("keydown", (event) => { if (event.key === "Enter") this.goTo(this.input.value); });
       this.scale = add(bar, "span", {"class": "dim"});
       add(figure, "p", {"class": "keys"}, "Arrow keys move the cursor, + and - zoom, Home shows everything, N and P go to the next and the previous " +
-          "change, Page Up and Page Down move the window. A double click or the wheel (when the picture has the focus) zooms too.");
+          "change, H to the next hook, Page Up and Page Down move the window. A double click or the wheel (when the picture has the focus) zooms too.");
       this.svg = add(figure, "svg:svg", {"tabindex": "0", "role": "application", "aria-roledescription": "address-space picture",
                                          "aria-label": this.picture.title + ": arrow keys move, plus and minus zoom"});
       this.readout = add(figure, "p", {"class": "readout", "aria-live": "polite"});
@@ -159,7 +192,7 @@
         this.block(svg, 1, 1, 36, 20, {permissions: ["a", "b"], types: [], part: false, problem: "", mark: false, letter: ""}, 0));
       sample("half height: mapped in part", (svg) =>
         this.block(svg, 1, 1, 36, 20, {permissions: ["rwx"], types: [], part: true, problem: "", mark: false, letter: ""}, 0));
-      if (meanings.some((item) => item.mark)) sample("flag: execute-only, or read-write without execute", (svg) => this.flag(svg, 8, 4));
+      if (this.hooks.length || meanings.some((item) => item.mark)) sample("flag: a hook, execute-only, or read-write without execute", (svg) => this.flag(svg, 8, 4));
       for (const problem of new Set(meanings.map((item) => item.problem).filter(Boolean)))
         sample((problem === "misconfiguration" ? "! = " : "? = ") + (problem === "misconfiguration" ? problem : "a table that cannot be read"), (svg) =>
           this.block(svg, 1, 1, 36, 20, {permissions: [], types: [], part: false, problem: problem, mark: false, letter: ""}, 0));
@@ -276,12 +309,15 @@
       } else if (found.reduce((sum, item) => sum + item.ranges, 0) > 1) {
         target = `; ${found.reduce((sum, item) => sum + item.ranges, 0)} ranges` + (found.some((item) => item.ranges > 1) ? " (taken together)" : "");
       }
-      return `${where}: ${words.join("; ")}${meanings.length > 6 ? "; ..." : ""}${target}. ${command}`;
+      const hook = this.hookAt(first, end);
+      return `${where}: ${words.join("; ")}${meanings.length > 6 ? "; ..." : ""}${target}` +
+        `${hook ? `; hook at ${hex(hook.start)} (${hook.words})` : ""}. ${command}`;
     }
 
     showAll() { this.view = {all: true, start: 0, cell: this.whole}; this.draw(); }
 
     window(page, cell) {
+      this.unfold();
       const span = cell * COLUMNS;
       this.view = {all: false, start: Math.max(0, Math.floor(page / span) - ROWS / 2 + 1) * span, cell: cell};
       this.cursor = this.aligned(page);
@@ -313,8 +349,15 @@
       const found = direction > 0 ? this.pieces.find((piece) => piece.start >= end)
         : [...this.pieces].reverse().find((piece) => piece.start < this.cursor);
       if (!found) return;
-      if (this.view.all || this.place(found.start) >= 0) this.move(found.start); else this.window(found.start, this.view.cell);
+      this.show(found.start);
     }
+
+    nextHook() {
+      const found = this.hooks.find((hook) => hook.start >= this.cursor + this.view.cell) || this.hooks[0];
+      if (found) this.show(found.start); else this.say("no hooks were found");
+    }
+
+    show(page) { if (this.view.all || this.place(page) >= 0) this.move(page); else this.window(page, this.view.cell); }
 
     step(pages) {
       const page = this.cursor + pages, span = this.view.cell * COLUMNS;
@@ -339,6 +382,7 @@
         "PageUp": () => this.step(-row * (this.view.all ? 1 : ROWS)), "PageDown": () => this.step(row * (this.view.all ? 1 : ROWS)),
         "+": () => this.zoomIn(), "=": () => this.zoomIn(), "Enter": () => this.zoomIn(), "-": () => this.zoomOut(), "Backspace": () => this.zoomOut(),
         "Home": () => this.showAll(), "n": () => this.change(1), "N": () => this.change(1), "p": () => this.change(-1), "P": () => this.change(-1),
+        "h": () => this.nextHook(), "H": () => this.nextHook(),
       };
       const action = actions[event.key];
       if (action) { event.preventDefault(); action(); }
