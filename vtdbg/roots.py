@@ -29,6 +29,9 @@ _ENTRIES = struct.Struct("<512Q")
 _PIECE = 1 << 22
 _TYPES = frozenset({0, 1, 4, 5, 6})
 _WB = 6
+_AD = 1 << 6
+_A, _D = 1 << 8, 1 << 9
+"""SDM vol. 3, Extended-Page-Table Pointer (EPTP); Accessed and Dirty Flags for EPT."""
 
 
 class Form(NamedTuple):
@@ -68,6 +71,13 @@ class _Page(NamedTuple):
     """Of the leaves: how many are cached (write-back), how many lead into existing memory."""
     odd: int
     """Entries that are no leaf of the last level."""
+    accessed: Tuple[int, int]
+    """Pages with the accessed flag, were this a table of the last level or a directory; -1 where one has the dirty flag alone, which no
+    processor leaves behind."""
+
+
+def _accessed(pages: Sequence[int]) -> int:
+    return -1 if any(entry & (_A | _D) == _D for entry in pages) else sum(1 for entry in pages if entry & _A)
 
 
 @dataclass(frozen=True)
@@ -80,11 +90,17 @@ class Root:
     evidence: Tuple[Evidence, ...]
     tables: int
     leaves: int
+    accessed: int = 0
+    """Pages with the accessed flag."""
 
     @property
     def eptp(self) -> int:
-        """As an EPTP: write-back, walk length."""
-        return self.address | (self.levels - 1) << 3 | _WB
+        """As an EPTP: write-back, walk length, and accessed and dirty flags where pages have them.
+
+        A processor sets those with EPTP[6] only; KVM sets them itself in the tables of a nested guest, with EPTP[6] at 0 (Linux 6.1
+        arch/x86/kvm/vmx/vmx.c, construct_eptp).
+        """
+        return self.address | (self.levels - 1) << 3 | _WB | (_AD if self.accessed else 0)
 
 
 class RootFinder:
@@ -154,7 +170,8 @@ class RootFinder:
             return None
         cached = sum(1 for entry in good if form.cached(entry))
         inside = sum(1 for entry in good if entry & _ADDRESS < end)
-        return _Page(tuple(dict.fromkeys(children)), large, bits, len(good), cached, inside, odd)
+        accessed = _accessed(good), _accessed([entry for entry in used if entry & _LARGE]) if large else 0
+        return _Page(tuple(dict.fromkeys(children)), large, bits, len(good), cached, inside, odd, accessed)
 
     # --- from the leaves up -------------------------------------------------------------------------------------------------------------
 
@@ -190,7 +207,8 @@ class RootFinder:
         pages = self._pages
         seen = {(address, levels)}
         queue = deque([(address, levels)])
-        leaves = cached = inside = large = empty = 0
+        leaves = cached = inside = large = empty = accessed = 0
+        odd_flags = False
         while queue and len(seen) < REACHED_LIMIT:
             at, level = queue.popleft()
             page = pages.get(at)
@@ -198,8 +216,10 @@ class RootFinder:
                 empty += 1
             elif level == 1:
                 leaves, cached, inside = leaves + page.leaves, cached + page.cached, inside + page.inside
+                accessed, odd_flags = accessed + page.accessed[0], odd_flags or page.accessed[0] < 0
             else:
                 large += page.large
+                accessed, odd_flags = accessed + page.accessed[1], odd_flags or page.accessed[1] < 0
                 for child in page.children:
                     if (child, level - 1) not in seen:
                         seen.add((child, level - 1))
@@ -218,7 +238,12 @@ class RootFinder:
             evidence.append(Evidence(4, f"{large} large pages", f"{large} large pages"))
         if empty * 2 > len(seen):
             evidence.append(Evidence(-6, f"{empty} of {len(seen)} tables hold nothing or are not in the memory"))
-        return Root(address, levels, sum(item.points for item in evidence), tuple(evidence), len(seen), total)
+        if self.form is FORMS["ept"] and accessed > 0 and not odd_flags:
+            words = f"{accessed} of {total} pages have the accessed flag, which processors set where EPTP[6] is 1 (KVM sets it itself for a nested guest)"
+            evidence.append(Evidence(0, words, f"{accessed} accessed"))
+        else:
+            accessed = 0
+        return Root(address, levels, sum(item.points for item in evidence), tuple(evidence), len(seen), total, accessed)
 
 
 def find_roots(machine: "Machine | PhysicalMemory", kind: str = "ept") -> List[Root]:
