@@ -19,6 +19,7 @@ from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.render.text import render_text
 from vtdbg.scanner import Found, relate, scan
+from vtdbg.svm import fields as vmcb_fields
 from vtdbg.vmx import layouts
 from vtdbg.vmx.find import Budget
 from vtdbg.vmx.kvm_nested import nested_records
@@ -367,4 +368,63 @@ def test_inside_what_is_no_control_block(intel_plain: Path) -> None:
     assert "not aligned" in answer(f"vmcs list --inside {VM_A + 8:#x}", session)
     assert "0x100000000" in answer("vmcs list --inside 0x100000000", session)
     assert "live target" in answer(f"msr read 0x480 --inside {VM_A:#x}", session)
+    session.close()
+
+
+# --- nested SVM -----------------------------------------------------------------------------------------------------------------------
+
+
+def nested_svm(page: bytes) -> Ram:
+    """KVM's way: vmcb01 runs L1, in whose memory vmcb12 (guest-physical 0x5000) has nested tables of L1's own; L0 ran L2 with vmcb02."""
+    def vmcb(ncr3: int, iopm: int, **values: int) -> bytes:
+        made = bytearray(page)
+        for offset, value in {0xB0: ncr3, 0x40: iopm, **{vmcb_fields.find(name).offset: value for name, value in values.items()}}.items():
+            struct.pack_into("<Q", made, offset, value)
+        return bytes(made)
+
+    ram = Ram()
+    l2 = {"rip": 0x401000, "rsp": 0x7FFE0000, "cr3": 0x3000}
+    ram.put(0x100000, vmcb(0x200000, 0x600000))
+    ram.put(0x110000, vmcb(0x210000, 0x600000, **l2))
+    l1 = {0x5000: 0x300000, **{0x20000 + 0x1000 * n: 0x320000 + 0x1000 * n for n in range(4)}, 0x9000: 0x340000}
+    ram.map(0x200000, l1)
+    ram.put(0x300000, vmcb(0x20000, 0x8000, **l2))
+    # L2's 0x3000 is L1's 0x9000; the tables with which L0 runs L2 say the same in one step.
+    ram.map(0x20000, {0x3000: 0x9000}, l1)
+    ram.map(0x210000, {0x3000: 0x340000})
+    ram.put(0x340000, bytes(4096))
+    return ram
+
+
+def test_a_vmcb_in_a_guests_memory_belongs_to_the_hypervisor_in_it(amd_exit: Path, amd_exit_truth: Dict[str, Any]) -> None:
+    """vmcb12 is under the VM of vmcb01, with tables that L1 made; vmcb02 holds the same guest and is no VM of its own."""
+    with open_machine(amd_exit).memory as memory:
+        page = memory.read_page(int(amd_exit_truth["vmcb_pa"], 16))
+    tree = tree_of(nested_svm(page).memory)
+    assert shape(tree.hypervisors) == [(0x600000, [([0x100000], [(0x8000, [([0x5000], [])])])])] and not tree.rest
+    nested = tree.hypervisors[0].vms[0].hypervisors[0].vms[0]
+    assert [helper.found.address for helper in nested.blocks[0].ran_with] == [0x110000]
+    assert nested.steps_down(0x3123) == [0x3123, 0x9123, 0x340123]
+    # A VMCB with another guest is another VM.
+    other = nested_svm(page)
+    struct.pack_into("<Q", other.pages[0x110000], vmcb_fields.find("rip").offset, 0x402000)
+    assert [[block.address for block in vm.blocks] for vm in tree_of(other.memory).hypervisors[0].vms] == [[0x100000], [0x110000]]
+
+
+def test_the_commands_show_nested_svm(amd_exit: Path, amd_exit_truth: Dict[str, Any], tmp_path: Path) -> None:
+    with open_machine(amd_exit).memory as memory:
+        page = memory.read_page(int(amd_exit_truth["vmcb_pa"], 16))
+    ram = nested_svm(page)
+    image = bytearray(max(ram.pages) + 4096)
+    for address, data in ram.pages.items():
+        image[address:address + 4096] = data
+    path = tmp_path / "svm.raw"
+    path.write_bytes(image)
+    session = Session(str(path))
+    words = command("source scan", session)
+    assert "hypervisor inside: SVM" in words and "its guest ran with the VMCB at 0x110000 of the hypervisor below" in words
+    assert "its CR3: L2 0x3000 -> L1 0x9000 -> L0 0x340000" in words
+    assert not run_words(["report", str(tmp_path / "x.html")], session, lambda report, _options: "").error
+    content = (tmp_path / "x.html").read_text()
+    assert "Guest-physical address space through nCR3 0x20000" in content and "through nCR3 0x210000" in content
     session.close()

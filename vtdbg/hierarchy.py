@@ -57,7 +57,7 @@ class Block:
     shadow_of: Optional[int] = None
     """The guest-physical address of the VMCS that the shadow stands for, where that is known."""
     ran_with: List["Block"] = field(default_factory=list)
-    """The control blocks of the hypervisor below that held the same guest (KVM: vmcs02)."""
+    """The control blocks of the hypervisor below that held the same guest (KVM: vmcs02, vmcb02)."""
     copy: Optional[Found] = None
     """The live copy that the hypervisor below keeps of it (KVM: the cached vmcs12)."""
 
@@ -249,7 +249,8 @@ class _Builder:
         inside = self._inside(memory, vms, set(places) | set(where))
         helpers = {id(block) for nested in guests for block in nested.ran_with}
         owner = _owners(vms, inside, helpers)
-        hidden = {id(block) for nested in guests if nested.address in owner for block in nested.ran_with}
+        _pair_vmcbs(native, owner)
+        hidden = {id(block) for nested in (*guests, *native) if nested.address in owner for block in nested.ran_with}
         left = [block for block in guests if block.address not in owner]
         outside = [page for page in pages if page.address not in owner]
         for vm in vms:
@@ -348,6 +349,30 @@ def _owners(vms: List[Vm], inside: Dict[int, Dict[int, int]], helpers: Set[int])
         for block in vm.blocks:
             owner.pop(block.address, None)
     return owner
+
+
+_GUEST_STATE = ("rsp", "rip", "cr3", "cr0", "efer", "gdtr.base", "idtr.base", "tr.base", "fs.base", "gs.base", "cs.selector", "tr.selector")
+
+
+def _pair_vmcbs(blocks: Sequence[Block], owner: Mapping[int, Vm]) -> None:
+    """The VMCB with which the hypervisor below ran the guest of a VMCB inside a VM (KVM: vmcb02 for vmcb12): right after the nested #VMEXIT both
+    hold one state."""
+    by_stack: Dict[int, List[Block]] = {}
+    for block in blocks:
+        stack = block.registers["rsp"]
+        if stack and block.kind == "vmcb" and block.address not in owner:
+            by_stack.setdefault(stack, []).append(block)
+    for nested in blocks:
+        if nested.kind == "vmcb" and nested.address in owner:
+            around = owner[nested.address].blocks
+            nested.ran_with += [block for block in by_stack.get(nested.registers["rsp"] or 0, ())[:8]
+                                if block not in around and _equal_state(block.fields, nested.fields)]
+
+
+def _equal_state(one: Union[Vmcs, Vmcb], two: Union[Vmcs, Vmcb]) -> bool:
+    pairs = [(one.get(name), two.get(name)) for name in _GUEST_STATE]
+    used = [(first, second) for first, second in pairs if first and second]
+    return len(used) >= 6 and all(first == second for first, second in used)
 
 
 def _circular(vms: List[Vm], owner: Mapping[int, Vm]) -> List[Vm]:

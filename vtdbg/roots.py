@@ -239,7 +239,7 @@ class RootFinder:
         if empty * 2 > len(seen):
             evidence.append(Evidence(-6, f"{empty} of {len(seen)} tables hold nothing or are not in the memory"))
         if self.form is FORMS["ept"] and accessed > 0 and not odd_flags:
-            words = f"{accessed} of {total} pages have the accessed flag, which processors set where EPTP[6] is 1 (KVM sets it itself for a nested guest)"
+            words = f"{accessed} of {total} pages have the accessed flag, which processors set where EPTP[6] is 1 (and KVM for nested guests)"
             evidence.append(Evidence(0, words, f"{accessed} accessed"))
         else:
             accessed = 0

@@ -388,7 +388,7 @@ def _vm_words(vm: Vm) -> str:
 def _block_words(block: TreeBlock) -> List[str]:
     """What the tree knows of a control block besides its fields."""
     words = [f"guest in {block.mode}"]
-    words += [f"its guest ran with the VMCS at {helper.found.address:#x} of the hypervisor below" for helper in block.ran_with]
+    words += [f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below" for helper in block.ran_with]
     if block.shadow is not None:
         words.append(f"shadow VMCS at {block.shadow.address:#x}: what its guest's VMREAD and VMWRITE reach")
     if block.copy is not None:

@@ -95,7 +95,7 @@ def _block(vm: Vm, block: Block, indent: int) -> List[Value]:
         lines.append(_line(indent + 2, f"shadow VMCS at {block.shadow.address:#x}: what its guest's VMREAD and VMWRITE reach{stands}"))
     for helper in block.ran_with:
         tables = f", {helper.tables.name}" if helper.tables is not None else ""
-        lines.append(_line(indent + 2, f"its guest ran with the VMCS at {helper.found.address:#x} of the hypervisor below{tables}"))
+        lines.append(_line(indent + 2, f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below{tables}"))
     if block.copy is not None:
         lines.append(_line(indent + 2, f"this page is stale: its live copy is at {block.copy.address:#x}", "warn"))
     cr3 = block.registers["cr3"]
