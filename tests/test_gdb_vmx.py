@@ -16,11 +16,14 @@ from support.livegdb import error, plugged, unavailable, vtdbg
 from support.vmxcpu import Unavailable
 from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
+from vtdbg.commands.live import existing_msrs
 from vtdbg.targets.gdbtext import error_of
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
+from vtdbg.vmx.capabilities import VmxCapabilities
 from vtdbg.vmx.layout_file import load_layout
+from vtdbg.vmx.presence import to_ask
 from vtdbg.vmx.vmcs import Vmcs
 
 pytestmark = pytest.mark.live
@@ -90,6 +93,25 @@ def test_vmread_gives_what_the_page_holds(at_handler: MiPort, stub: VmxStub) -> 
     assert compared > 80
     assert rows["VM_EXIT_REASON"] in EXITS
     assert everything(at_handler) == before
+
+
+def test_fields_that_the_processor_lacks_are_not_asked_for(stub: VmxStub) -> None:
+    """Those that its capability MSRs say it lacks are those whose VMREAD fails, all of them; without asking them the VM-instruction error stays."""
+    with MiPort(f"127.0.0.1:{stub.port}") as gdb:
+        assert gdb.run_to(HANDLER)
+        with Injector(gdb, lambda: None) as target:
+            caps = VmxCapabilities.from_msrs(dict(existing_msrs(target.rdmsr)))
+            asked = to_ask(caps)
+            assert target.vmreads(asked).refused == ()
+            everything = target.vmreads(to_ask(None))
+            assert set(everything.refused) == set(to_ask(None)) - set(asked) and len(everything.refused) > 40
+            assert set(everything.values) == set(asked)
+
+
+def test_the_instruction_error_survives(at_handler: MiPort) -> None:
+    text = " ".join(at_handler.execute(f"vmcs dump {VMCS:#x} --vmread --yes --group exit").split())
+    assert "were not asked for: by its capability MSRs this processor lacks them" in text and "error to 12" not in text
+    assert "error to 12" not in " ".join(at_handler.execute(f"vmcs dump {VMCS:#x} --vmread --yes --no-patch --caps bochscpu --group exit").split())
 
 
 def test_vmread_that_stands_in_the_code(at_handler: MiPort) -> None:

@@ -14,7 +14,9 @@ from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.port import TargetError, TargetGone, Unsupported
+from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.capabilities import MsrKey, VmxCapabilities
+from vtdbg.vmx.presence import to_ask
 from vtdbg.vmx.vmcs import Vmcs
 
 YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
@@ -126,19 +128,19 @@ def live_capabilities(session: Session, yes: bool, assume_host: bool) -> VmxCapa
     """
     port = live_machine(session).port
     try:
-        values = _existing(port.rdmsr)
+        values = existing_msrs(port.rdmsr)
         if values:
             return VmxCapabilities.from_msrs(cast(Mapping[MsrKey, int], values), origin="RDMSR by the debugger")
     except Unsupported:
         pass
     with injector(session, "--rdmsr", yes, assume_host) as target:
-        values = _existing(target.rdmsr)
+        values = existing_msrs(target.rdmsr)
         width = target.cpuid(CPUID_ADDRESS_SIZES)[0] & 0xFF
     known = cast(Mapping[MsrKey, int], values)
     return VmxCapabilities.from_msrs(known, physical_address_width=width or None, origin="RDMSR and CPUID of the live processor")
 
 
-def _existing(rdmsr: Callable[[int], int]) -> Dict[int, int]:
+def existing_msrs(rdmsr: Callable[[int], int]) -> Dict[int, int]:
     """The capability MSRs that the processor has by what the others say; one that is refused all the same stays unknown."""
     values: Dict[int, int] = {}
 
@@ -194,17 +196,24 @@ def sgdt(session: Session, yes: bool, assume_host: bool) -> Report:
 
 def vmread_vmcs(session: Session, address: Optional[int], yes: bool, assume_host: bool, no_patch: bool, report_notes: List[str]) -> Vmcs:
     """Every field of the current VMCS by VMREAD, on a processor of any layout.  `address` of its page helps to tell host from guest."""
-    from vtdbg.vmx.fields import fields
-
     if address is not None:
         live_machine(session).consider("vmcs", address)
-
-    # Only even encodings: the high halves of 64-bit fields come with the whole.
     with injector(session, "--vmread", yes, assume_host) as target:
-        result = target.vmreads(sorted(encoding for encoding in fields() if not encoding & 1), patch=not no_patch)
+        # A VMREAD of a field that does not exist overwrites the VM-instruction error: the processor's own MSRs say which do.
+        caps = session.caps if no_patch or session.caps is not None else _caps_of(target)
+        wanted = to_ask(caps)
+        result = target.vmreads(wanted, patch=not no_patch)
+    if caps is not None:
+        report_notes.append(f"{len(to_ask(None)) - len(wanted)} fields were not asked for: by {caps.origin} this processor lacks them")
     if result.overwritten:
-        report_notes.append("VMREADs of fields that this processor lacks have set the VM-instruction error to 12; the value shown is the one before")
+        refused = ", ".join(vmcs_fields.find(encoding).name for encoding in result.refused[:4]) + ", ..." * (len(result.refused) > 4)
+        report_notes.append(f"VMREADs of fields that this processor lacks ({refused}) have set the VM-instruction error to 12; the value shown is "
+                            "the one before" + ("; --caps says which fields there are" if caps is None else ""))
     return Vmcs.from_values(cast(Mapping[Name, int], result.values), "VMREAD")
+
+
+def _caps_of(target: Injector) -> VmxCapabilities:
+    return VmxCapabilities.from_msrs(cast(Mapping[MsrKey, int], existing_msrs(target.rdmsr)), origin="its capability MSRs")
 
 
 @verb(
@@ -219,7 +228,6 @@ def vmread_vmcs(session: Session, address: Optional[int], yes: bool, assume_host
 def layout(session: Session, action: str, address: int, out: Optional[str], yes: bool, assume_host: bool, no_patch: bool) -> Report:
     """A field is placed where its value is the only one of its kind in the page; fields that are 0 or not unique stay unplaced until another
     VMCS tells.  The page has to hold what the processor holds: true for emulators, and on hardware after VMCLEAR."""
-    from vtdbg.vmx import fields as vmcs_fields
     from vtdbg.vmx.layout_file import save_layout
     from vtdbg.vmx.learn import learn
 
