@@ -502,3 +502,46 @@ def test_a_pipe_gets_no_progress_and_ctrl_c_works_there_too(tmp_path: Path) -> N
     running.send_signal(signal.SIGINT)
     out, problems = running.communicate(timeout=60)
     assert problems == "" and "\x1b" not in out and "partial" in out and running.returncode == 1
+
+
+# ---- the same in Python ----------------------------------------------------------------------------------------------------------------------
+
+def printed_by(lines: str, capsys: pytest.CaptureFixture[str]) -> List[str]:
+    capsys.readouterr()
+    exec(lines, {})
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("words", ["", "--perm x!r", "--gpa 0x2000-0x5000 --ignore-page-size", "--flag D --size 4k", "--hpa 0x7000-0x9000"])
+def test_python_of_dump_prints_the_same_rows(words: str, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("ept", "dump", "-s", str(mixed), "--format", "raw", "--eptp", EPTP_AD, *words.split())
+    expected = [(row["first"], row["target"], row["permissions"], row["memory_type"]) for row in rows("ranges", *command)]
+    found = [line.split() for line in printed_by(typed(*command, "--python").text, capsys)]
+    assert [(start, target, permissions, kind) for start, _, target, permissions, kind in found] == expected and expected
+
+
+def test_python_has_the_capabilities_and_the_controls_of_the_vmcs(values: Dict[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mode-based execute control is bit 22 of the secondary controls; a processor without execute-only pages makes a misconfiguration of one."""
+    builder = TableBuilder(base=0x10000, rights=0x407)
+    builder.map(0, 0x100000, K4, 0x433, 0x407)
+    builder.map(K4, 0x101000, K4, 0x34, 0x407)
+    secondary = values[fields.find("SECONDARY_VM_EXEC_CONTROL").encoding] | 1 << 22
+    page = vmcs_page(values, EPT_POINTER=builder.root | 0x1E, SECONDARY_VM_EXEC_CONTROL=secondary)
+    path = image(tmp_path / "x.raw", *pages_of(builder), (0x220000, page))
+    caps = tmp_path / "caps.txt"
+    caps.write_text("0x48c 0xf0106114140\n")
+    for more in ((), ("--caps", str(caps))):
+        command = ("ept", "dump", "-s", str(path), "--format", "raw", *more)
+        expected = [row["permissions"] for row in rows("ranges", *command)]
+        lines = typed(*command, "--python").text
+        assert [line.split()[3] for line in printed_by(lines, capsys)] == expected == (["rw-u", "--x-"] if not more else ["rw-u"])
+        assert "mbec=True" in lines and ("caps=caps" in lines) == bool(more)
+        walk = typed("ept", "walk", "0x1000", *command[2:], "--python").text
+        assert printed_by(walk, capsys)[0].startswith("misconfiguration" if more else "mapped")
+
+
+def test_python_of_lint_says_the_same(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("ept", "lint", "-s", str(mixed), "--format", "raw", "--eptp", EPTP_AD, "--ram", "0x0-0x10000")
+    shown = [f"{row['verdict']} {row['id']} {row['message']}" for row in rows("remarks", *command)]
+    found = printed_by(typed(*command, "--python").text, capsys)
+    assert shown and set(shown) <= set(found)

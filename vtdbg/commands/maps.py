@@ -6,12 +6,11 @@ from typing import List, Optional, Sequence
 
 from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, WORK_LIMIT, AddressMap, Gap, address_map, chart, marked
 from vtdbg.commands.ept import EPTP, VMCS
-from vtdbg.commands.nested import RANGE, Root, ept_roots, npt_roots, title_of
+from vtdbg.commands.nested import RANGE, Root, ept_roots, nested_report, npt_roots, python_tables, title_of
 from vtdbg.commands.nested_dump import interrupted
 from vtdbg.commands.npt import NCR3, VMCB
 from vtdbg.commands.progress import Watched
 from vtdbg.commands.registry import Opt, verb
-from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
@@ -45,11 +44,8 @@ def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optio
         raise UsageError(f"--rows {rows}: from 1 to {MOST_ROWS}")
     first, end = parse_range(gpa) if gpa else (0, 1 << 64)
     kind = command.split()[0]
-    report = Report(command, header=session.header(), notes=list(session.machine.warnings), python=session.python_open())
-    if any(root.users for root in roots):
-        report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
-    report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges",
-                      "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
+    report = nested_report(command, session, roots)
+    report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges"]
     for root in roots:
         found = Enumeration(session.machine.memory, root.tables, first, end - 1, limit=WORK_LIMIT)
         every = Watched(found, session, lambda count, row: f"{count} ranges, at {row.start:#x}")
@@ -59,8 +55,8 @@ def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optio
         report.add(Group("maps", title_of(root, words), [*map_blocks(picture, by, rows), *cut], {"root": f"{root.tables.root:#x}"}))
         if found.problems or cut:
             report.status = FINDINGS
-        made = f"Ept({root.python})" if kind == "ept" else f"Npt({root.python})"
-        report.python.append(f"print(chart(address_map(ranges(machine.memory, {made}, {first:#x}, {end - 1:#x})).pieces, {by!r}, rows={rows}))")
+        made = f"ranges(machine.memory, {python_tables(kind, root)}, {first:#x}, {end - 1:#x})"
+        report.python.append(f"print(chart(address_map({made}).pieces, {by!r}, rows={rows}))")
     return report
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Dict, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.registry import Arg, Opt
@@ -130,13 +130,27 @@ def nested_report(command: str, session: Session, roots: Sequence[Root]) -> Repo
     report = Report(command, header=session.header(), notes=list(session.machine.warnings))
     if any(root.users for root in roots):
         report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
-    report.python = [*session.python_open(), "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
+    report.python = [*session.python_open(), *python_caps(session),
+                     "from vtdbg.vmx.ept import Ept" if kind == "ept" else "from vtdbg.svm.npt import Npt"]
     return report
 
 
+def python_caps(session: Session) -> List[str]:
+    """The line that makes `caps`, where the user gave capabilities."""
+    return [f"caps = vtdbg.VmxCapabilities.load({session.caps_name!r})"] if session.caps_name else []
+
+
 def python_tables(kind: str, root: Root) -> str:
-    """The expression that makes the tables of a root: "Ept(0x1000)"."""
-    return f"{'Ept' if kind == 'ept' else 'Npt'}({root.python})"
+    """The expression that makes the tables of a root as they were read: "Ept(0x1000)", "Ept(0x1000, caps=caps, mbec=True)"."""
+    return f"{'Ept' if kind == 'ept' else 'Npt'}({root.python}{python_arguments(root)})"
+
+
+def python_arguments(root: Root) -> str:
+    """The arguments besides the pointer that are not as assumed: controls of the VMCS, the host's paging, and `caps` (see `nested_report`)."""
+    tables = root.tables
+    assert isinstance(tables, (Ept, Npt))
+    given = [(field.name, getattr(tables, field.name), field.default) for field in fields(tables)[1:] if field.name != "unknown"]
+    return "".join(f", {name}={'caps' if name == 'caps' else repr(value)}" for name, value, default in given if value != default)
 
 
 def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int, access: Optional[str]) -> Report:
@@ -146,13 +160,13 @@ def walk_report(command: str, session: Session, roots: Sequence[Root], gpa: int,
     report = Report(command, header=session.header(), notes=list(session.machine.warnings))
     if any(root.users for root in roots):
         report.notes.append(STALE_VMCS if kind == "ept" else STALE_VMCB)
-    report.python = session.python_open()
+    report.python = [*session.python_open(), *python_caps(session)]
     for root in roots:
         walk = root.tables.walk(session.machine.memory, gpa, access)
         report.add(walk_group(walk, title_of(root, f"GPA {gpa:#x}{access_text(access)}"), "phys {}"))
         if not walk.mapped:
             report.status = FINDINGS
-        report.python.append(f"walk = vtdbg.{kind}_walk(machine.memory, {root.python}, {gpa:#x}, access={access!r})")
+        report.python.append(f"walk = vtdbg.{kind}_walk(machine.memory, {root.python}, {gpa:#x}, access={access!r}{python_arguments(root)})")
     report.python.append("print(walk.outcome, walk.hpa, walk.reason)")
     if len(roots) > 1:
         option = "--vmcs or --eptp" if kind == "ept" else "--vmcb or --ncr3"

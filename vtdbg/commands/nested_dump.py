@@ -69,11 +69,20 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
         if found.problems:
             group.add(_problem_table(found))
             report.status = FINDINGS
-        report.python += [
-            f"for row in ranges(machine.memory, {python_tables(kind, root)}, {first:#x}, {end - 1:#x}):",
-            "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)",
-        ]
+        filters = {"perm": perm, "hpa": hpa, "memory_type": type, "size": size, "flags": flag}
+        chosen = "".join(f", {name}={value!r}" for name, value in filters.items() if value)
+        report.python += _python(python_tables(kind, root), first, end - 1, chosen, ignore_page_size=ignore_page_size)
     return report
+
+
+def _python(made: str, first: int, last: int, chosen: str, *, ignore_page_size: bool) -> List[str]:
+    """The loop that prints the same rows."""
+    more = ", ignore_page_size=True" if ignore_page_size else ""
+    shown = "    print(hex(row.start), hex(row.end), hex(row.target), row.permissions, row.memory_type)"
+    if not chosen:
+        return [f"for row in ranges(machine.memory, {made}, {first:#x}, {last:#x}{more}):", shown]
+    return [f"tables = {made}", "from vtdbg.nested.filter import matching, parse_wanted", f"wanted = parse_wanted(tables.tables{chosen})",
+            f"for row in matching(ranges(machine.memory, tables, {first:#x}, {last:#x}, apart=wanted.apart), wanted{more}):", shown]
 
 
 def interrupted(at: Optional[int]) -> Lines:

@@ -71,14 +71,18 @@ def lint_report(command: str, session: Session, roots: Sequence[Root], *, ram: O
     pages, problem = _control_pages(session)
     if problem:
         report.notes.append(problem)
-    report.python.append("from vtdbg.nested.lint import lint")
+    report.python.append("from vtdbg.nested.lint import Inputs, lint")
+    if mtrr:
+        report.python += ["from vtdbg.x86.mtrr import Mtrrs", f"mtrrs = Mtrrs.from_msrs(dict(vtdbg.VmxCapabilities.from_file({mtrr!r}).items()))"]
     for root in roots:
         inputs = Inputs(spans, source, host, mtrrs, pages, _ve(session, root))
         remarks = lint(session.machine.memory, root.tables, inputs)
         report.add(_group(remarks, root, kind, all))
         if any(remark.verdict == "fail" for remark in remarks):
             report.status = FINDINGS
-        report.python += [f"for remark in lint(machine.memory, {python_tables(kind, root)}):", "    print(remark.verdict, remark.id, remark.message)"]
+        given = f"ram={spans!r}, ram_source={source!r}, host_ram={host!r}, mtrrs={'mtrrs' if mtrr else None}, ve={inputs.ve!r}"
+        report.python += [f"inputs = Inputs({given})", f"for remark in lint(machine.memory, {python_tables(kind, root)}, inputs):",
+                          "    print(remark.verdict, remark.id, remark.message)"]
     return report
 
 
