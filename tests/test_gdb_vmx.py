@@ -23,6 +23,7 @@ from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
 from vtdbg.vmx.capabilities import VmxCapabilities
 from vtdbg.vmx.layout_file import load_layout
+from vtdbg.vmx.learn import learn, load_samples
 from vtdbg.vmx.presence import to_ask
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -207,15 +208,45 @@ def test_an_interrupt_at_every_step_leaves_the_target_as_it_was(stub: VmxStub, l
 
 
 def test_layout_is_learnt(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> None:
-    """What VMREAD against the page places is where the processor's own VMWRITE writes, and the file is a layout that decodes the page."""
+    """Every field of the processor gets its place: those that the page proves are where the processor's own VMWRITE writes, and so are those of the
+    known layout that explains every value; the file is a layout that decodes the page."""
     path = tmp_path / "learnt.json"
     text = at_handler.execute(f"vmcs layout learn {VMCS:#x} --yes --out {path}")
-    assert "bochs_2.8" in text
+    words = " ".join(text.split())
+    assert "144 of 144 read" in words and re.search(r"known layout bochs_2\.8\b.*: every one of \d+ different values", words)
     learnt = load_layout(path)
-    assert len(learnt.fields) >= 15
+    assert len(learnt.fields) == 144
     for encoding, place in learnt.fields.items():
         assert place.offset == stub.layout[encoding], hex(encoding)
     assert "GUEST_CR3" in at_handler.execute(f"vmcs get GUEST_CR3 --at {VMCS:#x} --layout {path}")
+
+
+def test_stops_are_merged(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> None:
+    """What the pages prove without any known layout is true, and grows from stop to stop; --merge takes what earlier files have seen."""
+    found, merge = [], ""
+    for number in range(3):
+        path = tmp_path / f"stop{number}.json"
+        at_handler.execute(f"vmcs layout learn {VMCS:#x} --yes --out {path} {merge}")
+        merge = f"--merge {path}"
+        samples = load_samples(str(path))
+        assert len(samples) == number + 1
+        alone = learn(samples, known={})
+        assert alone.known == () and alone.from_known == ()
+        for encoding, place in alone.layout.fields.items():
+            assert place.offset == stub.layout[encoding], hex(encoding)
+        found.append(len(alone.layout.fields))
+        assert {place.status for place in alone.open} <= {"ambiguous", "silent", "conflict"}
+        assert at_handler.run_to(HANDLER)
+    assert found == sorted(found) and found[-1] > found[0] >= 18, found
+    assert "has no samples" in error(at_handler, f"vmcs layout learn {VMCS:#x} --yes --merge {_without_samples(path, tmp_path)}")
+    assert "cannot be read" in error(at_handler, f"vmcs layout learn {VMCS:#x} --yes --merge {tmp_path}/nothing")
+
+
+def _without_samples(path: Path, folder: Path) -> Path:
+    content = json.loads(path.read_text())
+    del content["samples"]
+    (folder / "bare.json").write_text(json.dumps(content))
+    return folder / "bare.json"
 
 
 def test_exit_trace(at_handler: MiPort) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, cast
+from typing import TYPE_CHECKING, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.record import Name
-from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa
+from vtdbg.report import Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.port import TargetError, TargetGone, Unsupported
@@ -18,6 +18,9 @@ from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.capabilities import MsrKey, VmxCapabilities
 from vtdbg.vmx.presence import to_ask
 from vtdbg.vmx.vmcs import Vmcs
+
+if TYPE_CHECKING:
+    from vtdbg.vmx.learn import Learnt
 
 YES = Opt("--yes", "flag", "do not ask: an instruction is written to the target, stepped, and everything put back")
 HOST = Opt("--assume-host", "flag", "the processor is in the host, although nothing in memory says so")
@@ -221,37 +224,66 @@ def _caps_of(target: Injector) -> VmxCapabilities:
     "learn this processor's VMCS layout: VMREAD values against the page",
     Arg("action", "choice", "learn", choices=("learn",)),
     Arg("address", "address", "physical address of the current VMCS"),
-    Opt("--out", "path", "layout file to write", metavar="FILE"),
+    Opt("--out", "path", "layout file to write, with what was seen", metavar="FILE"),
+    Opt("--merge", "path", "a file that --out wrote at an earlier stop: what was seen then counts too; may be repeated", metavar="FILE", many=True),
     YES, HOST, NO_PATCH,
     live=True,
 )
-def layout(session: Session, action: str, address: int, out: Optional[str], yes: bool, assume_host: bool, no_patch: bool) -> Report:
-    """A field is placed where its value is the only one of its kind in the page; fields that are 0 or not unique stay unplaced until another
-    VMCS tells.  The page has to hold what the processor holds: true for emulators, and on hardware after VMCLEAR."""
-    from vtdbg.vmx.layout_file import save_layout
-    from vtdbg.vmx.learn import learn
+def layout(session: Session, action: str, address: int, out: Optional[str], merge: Optional[List[str]], yes: bool, assume_host: bool,
+           no_patch: bool) -> Report:
+    """A field is placed where its value is the only one of its kind in the page; fields that are 0 or not unique stay open until another stop
+    tells (--merge).  A known layout that explains every value places the others, and is named.
 
+    The page has to hold what the processor holds: true for emulators, and on hardware after VMCLEAR.
+    """
+    from vtdbg.vmx.infer import Sample
+    from vtdbg.vmx.learn import learn, load_samples, save
+
+    earlier = [sample for path in merge or [] for sample in load_samples(path)]
     machine = live_machine(session)
     notes: List[str] = []
-    page = machine.memory.read_page(address)
     vmcs = vmread_vmcs(session, address, yes, assume_host, no_patch, notes)
-    learnt = learn(page, {item.field.encoding: item.value for item in vmcs.values()})
+    session.forget()
+    page = machine.memory.read_page(address)
+    samples = [*earlier, Sample(page, {item.field.encoding: item.value for item in vmcs.values()}, "VMREAD and the page of the same VMCS")]
+    learnt = learn(samples)
     report = _report("vmcs layout", session, "target.vmreads([0x681e])")
-    report.notes += notes
+    report.notes += [*notes, *learnt.inference.notes]
     if out:
-        save_layout(learnt.layout, out)
+        save(learnt, samples, out)
+    absent = [place for place in learnt.inference.places if place.status == "absent"]
+    if absent:
+        report.notes.append(f"{len(absent)} values stand nowhere in the page: it does not hold what the processor holds (VMCLEAR writes it), or in "
+                            "another form; do not believe places that one such page alone gives")
+    report.add(_learnt_facts(learnt, len(samples), out))
+    report.add(_learnt_fields(learnt))
+    return report
+
+
+def _learnt_facts(learnt: "Learnt", stops: int, out: Optional[str]) -> Pairs:
     facts = Pairs("layout", title=f"Layout of revision {learnt.layout.revision_ids[0]:#x}")
-    facts.add("placed", "fields placed", f"{len(learnt.layout.fields)} of {learnt.read} read")
+    facts.add("placed", "fields placed", f"{len(learnt.layout.fields)} of {len(learnt.inference.places)} read")
+    facts.add("unique", "by the pages alone", str(len(learnt.inference.placed)))
+    facts.add("stops", "from", f"{stops} stop{'s' * (stops != 1)}")
     facts.add("access_rights", "access rights", learnt.layout.access_rights)
-    facts.add("agrees", "agrees with", ", ".join(f"{name} ({same} fields)" for name, same in learnt.agreeing) or "no packaged layout")
+    explained = f"{', '.join(learnt.known)}: every one of {learnt.explained} different values that are not 0 is where it has its field"
+    facts.add("known", "known layout", Value(list(learnt.known), explained if learnt.known else "none explains every value",
+                                             "good" if learnt.known else ""))
     if out:
         facts.add("file", "written to", out)
-    report.add(facts)
-    table = Table("fields", (("offset", "offset"), ("size", "size"), ("name", "field")), empty="no field could be placed")
+    return facts
+
+
+def _learnt_fields(learnt: "Learnt") -> Table:
+    """Every field that was read: placed ones by offset, then the open ones."""
+    table = Table("fields", (("offset", "offset"), ("size", "size"), ("name", "field"), ("status", "status"), ("why", "why")), wrap="why")
+    status = learnt.status
     for encoding, place in sorted(learnt.layout.fields.items(), key=lambda item: item[1].offset):
-        table.add(hexa(place.offset, 3), str(place.size), vmcs_fields.find(encoding).name)
-    report.add(table)
-    if learnt.unplaced:
-        words = f"{len(learnt.unplaced)} fields are 0 or not unique: not placed"
-        report.add(Lines("unplaced", [Value([f"{item:#x}" for item in learnt.unplaced], words, "dim")]))
-    return report
+        known = encoding in learnt.from_known
+        here = status[encoding]
+        table.add(hexa(place.offset, 3), str(place.size), vmcs_fields.find(encoding).name, "known" if known else "unique",
+                  Value(here.why, f"{here.status} by the pages: {here.why}" if known else here.why, "dim"))
+    for here in learnt.open:
+        word = {"silent": "unknown"}.get(here.status, here.status)
+        table.add("", str(here.size), vmcs_fields.find(here.encoding).name, Value(word, word, "warn"), Value(here.why, here.why, "dim"))
+    return table

@@ -1,7 +1,8 @@
 """A VMCS layout out of pages and the values that are known to be in them: pasted VMREADs, dump_vmcs, a debugger's list.
 
-A field is placed where its value stands at one place only, over all pages together.  Everything else is reported with its candidates and not
-guessed: two fields with the same value are two candidates each, whatever looks likely.
+A field is placed where its value stands at one place only, over all pages together, or where the other places are those of fields that are
+placed.  Everything else is reported with its candidates and not guessed: two fields with the same value are two candidates each, whatever looks
+likely.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, PAGE_SIZE, SHADOW_BIT, La
 
 HEADER = 8
 """Revision identifier and VMX-abort indicator (SDM vol. 3, Format of the VMCS Region)."""
+BY_ELIMINATION = "the other places are those of other fields"
+UNDECIDED_FORM = "the form of access rights is not decided"
 FORMS = ("plain", "rotated", "packed")
 
 
@@ -94,7 +97,7 @@ def infer(samples: Sequence[Sample], name: str = "inferred") -> Inference:
     elif rights and len(forms) > 1:
         notes.append(f"the access rights are in the page as {' and as '.join(forms)}: their form is not decided")
     encodings = sorted({encoding for sample in samples for encoding in sample.values})
-    places = _without_conflicts([_place(samples, encoding, form) for encoding in encodings])
+    places = _eliminated(_without_conflicts([_place(samples, encoding, form) for encoding in encodings]))
     found = {place.encoding: LayoutField(place.candidates[0], place.size) for place in places if place.status == "unique"}
     layout = Layout(name, f"inferred from {len(samples)} page{'s' * (len(samples) != 1)}, revision {revision:#x}", (revision,), PAGE_SIZE,
                     form, found,
@@ -164,7 +167,7 @@ def _place(samples: Sequence[Sample], encoding: int, form: str) -> Place:
     if encoding in ACCESS_RIGHTS_FIELDS and form == "unknown":
         offsets = sorted({offset for known in FORMS for offset in _offsets(samples, encoding, known)})
         status = "ambiguous" if offsets else "absent"
-        return Place(encoding, size, status, tuple(offsets[:512]), len(offsets), "the form of access rights is not decided")
+        return Place(encoding, size, status, tuple(offsets[:512]), len(offsets), UNDECIDED_FORM)
     offsets = _offsets(samples, encoding, form)
     status = "unique" if len(offsets) == 1 else "ambiguous" if offsets else "absent"
     why = {"unique": "", "ambiguous": f"its value stands in {len(offsets)} places", "absent": "its value stands nowhere"}[status]
@@ -186,6 +189,48 @@ def _without_conflicts(places: List[Place]) -> List[Place]:
     return [place if place.encoding not in lost else
             Place(place.encoding, place.size, "conflict", place.candidates, place.count,
                   f"{vmcs_fields.find(lost[place.encoding]).name} claims the same bytes") for place in places]
+
+
+def _eliminated(places: List[Place]) -> List[Place]:
+    """No two fields share bytes: where a placed field is, no other one is.  Again and again, until nothing follows any more."""
+    found = {place.encoding: place for place in places}
+    # Of more candidates than are kept, one that is left need not be the only one.
+    still_open = [place for place in places if place.status == "ambiguous" and place.count == len(place.candidates)
+                  and place.why != UNDECIDED_FORM]
+    taken = bytearray(PAGE_SIZE)
+    fresh = [place for place in places if place.status == "unique"]
+    while fresh:
+        for place in fresh:
+            taken[place.candidates[0]:place.candidates[0] + place.size] = b"\1" * place.size
+        fresh = []
+        for place in still_open:
+            free = tuple(at for at in place.candidates if not any(taken[at:at + place.size]))
+            if len(free) == 1:
+                found[place.encoding] = Place(place.encoding, place.size, "unique", free, 1, BY_ELIMINATION)
+                fresh.append(found[place.encoding])
+            elif not free:
+                found[place.encoding] = Place(place.encoding, place.size, "conflict", place.candidates, place.count,
+                                              "all its places are those of other fields")
+            elif len(free) < place.count:
+                found[place.encoding] = Place(place.encoding, place.size, "ambiguous", free, len(free),
+                                              f"its value stands in {len(free)} places that are not another field's")
+        still_open = [found[place.encoding] for place in still_open if found[place.encoding].status == "ambiguous"]
+        fresh = _without_overlap(fresh, found)
+    return [found[place.encoding] for place in places]
+
+
+def _without_overlap(fresh: List[Place], found: Dict[int, Place]) -> List[Place]:
+    """Of fields that are left with overlapping places at the same time none can be believed."""
+    kept = []
+    for place in fresh:
+        others = [other for other in fresh if other is not place and other.candidates[0] < place.candidates[0] + place.size
+                  and place.candidates[0] < other.candidates[0] + other.size]
+        if others:
+            found[place.encoding] = Place(place.encoding, place.size, "conflict", place.candidates, 1,
+                                          f"{vmcs_fields.find(others[0].encoding).name} claims the same bytes")
+        else:
+            kept.append(place)
+    return kept
 
 
 def _agreements(samples: Sequence[Sample], found: Mapping[int, LayoutField]) -> Tuple[Agreement, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Dict, Iterator, List, Mapping, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
 
 from vtdbg.errors import FormatError, UnknownName
 from vtdbg.names import near_names
@@ -16,7 +16,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 _MAX_FILE = 1 << 20
 _KEYS = frozenset({"id", "title", "revision_ids", "region_size", "header", "launch_states", "access_rights", "complete", "other",
-                   "fields", "sources", "caveats", "notes", "valid_for"})
+                   "fields", "sources", "caveats", "notes", "valid_for", "samples"})
 _STORED_SIZES = {"16": (2, 4, 8), "32": (4, 8), "64": (8,), "natural": (4, 8)}
 """Bytes that a field may occupy: its own size, or a wider slot (Xen stores everything in 8); 32-bit hypervisors store natural-width
 fields in 4."""
@@ -33,7 +33,7 @@ def load_layout(path: PathLike) -> Layout:
     offset, size (default: the field's own, 2 for packed access rights) and note.  Numbers may be strings in hexadecimal.
     Optional: title, region_size (4096), header (as above, without launch_state), launch_states, access_rights ("plain", "rotated",
     "packed", "unknown"; default "plain"), complete (false), other (name: [offset, size] of what is known and no field), sources,
-    caveats (told with the values), notes, valid_for.
+    caveats (told with the values), notes, valid_for, samples (not looked at: what `vmcs layout learn` has seen).
 
     Raises FormatError naming the file, the field and the offsets: bad JSON, unknown key or field, a field named twice, wrong size,
     a place outside the region, an overlap with the header or another field.
@@ -59,8 +59,11 @@ def parse_layout(data: bytes, path: str) -> Layout:
     return _LayoutFile(path, content).layout()
 
 
-def save_layout(layout: Layout, path: PathLike) -> None:
-    """`layout` as a JSON file that `load_layout` reads back to an equal layout.  Raises FormatError where the file cannot be written."""
+def save_layout(layout: Layout, path: PathLike, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+    """`layout` as a JSON file that `load_layout` reads back to an equal layout.  Raises FormatError where the file cannot be written.
+
+    `samples` are kept in it for who goes on learning (vmx/learn.py) and are no part of the layout.
+    """
     content: Dict[str, Any] = {"id": layout.id, "title": layout.title, "revision_ids": [hex(number) for number in layout.revision_ids],
                                "region_size": layout.region_size}
     header: Dict[str, List[int]] = {"revision_id": [layout.revision_offset, 4]}
@@ -75,6 +78,8 @@ def save_layout(layout: Layout, path: PathLike) -> None:
                    caveats=list(layout.caveats), notes=list(layout.notes))
     content["fields"] = {vmcs_fields.find(encoding).name: {"offset": place.offset, "size": place.size, **({"note": place.note} if place.note else {})}
                          for encoding, place in layout.fields.items()}
+    if samples:
+        content["samples"] = list(samples)
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1) + "\n")

@@ -1,100 +1,126 @@
-"""A VMCS layout out of one page and the values of its fields: who has VMREADs of a current VMCS and its page can learn where fields are."""
+"""The layout of a processor's VMCS out of VMREAD values and pages: what the pages alone prove, and what a known layout says that explains them all.
+
+What was seen is kept in the layout file: a later stop, with other values, narrows down what the first one left open.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Dict, List, Mapping, Tuple
+import json
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from vtdbg.errors import FormatError
+from vtdbg.errors import FormatError, UnknownName
 from vtdbg.vmx import fields as vmcs_fields
-from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, PAGE_SIZE, SHADOW_BIT, Layout, LayoutField
+from vtdbg.vmx.infer import Inference, Place, Sample, infer
+from vtdbg.vmx.layout_file import parse_layout, save_layout
+from vtdbg.vmx.layout_map import PAGE_SIZE, SHADOW_BIT, Layout, LayoutField
 
-HEADER = 8
-"""Revision identifier and VMX-abort indicator (SDM vol. 3, Format of the VMCS Region)."""
+ENOUGH = 16
+"""Different values other than 0 that a known layout has to explain before it is believed."""
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """`layout` has the fields that could be placed; `unplaced` are the encodings that could not; `agreeing` (layout, fields in common) of the
-    packaged layouts that contradict nothing."""
+    """`layout` has the fields that are placed, by the pages or as in the layouts `known` that explain every value of every page.
+
+    `inference` is what the pages alone say; `from_known` are the fields that only `known` places; `explained` values other than 0 of the pages
+    are explained by them.
+    """
 
     layout: Layout
-    unplaced: Tuple[int, ...]
-    read: int
-    agreeing: Tuple[Tuple[str, int], ...]
+    inference: Inference
+    known: Tuple[str, ...]
+    from_known: Tuple[int, ...]
+    explained: int
+
+    @property
+    def status(self) -> Dict[int, Place]:
+        """What the pages say of each field, by encoding."""
+        return {place.encoding: place for place in self.inference.places}
+
+    @property
+    def open(self) -> Tuple[Place, ...]:
+        """Fields without a place."""
+        return tuple(place for place in self.inference.places if place.encoding not in self.layout.fields)
 
 
-def learn(page: bytes, values: Mapping[int, int]) -> Learnt:
-    """Places each field whose value stands at one place of the page only, and again with the places that are taken left out.
+def learn(samples: Sequence[Sample], known: Optional[Mapping[str, Layout]] = None) -> Learnt:
+    """The layout behind `samples`: pages and the values that VMREAD gives for them, of one processor.
 
-    `page` 4096 bytes, `values` by encoding.  The form of access rights is the one that places more of them.  Raises FormatError for a short page.
+    `known` are the layouts that are compared (default: the packaged ones).  Raises FormatError as `infer` does.
     """
-    if len(page) < PAGE_SIZE:
-        raise FormatError("page", f"{len(page)} bytes; a VMCS region is read as one page")
-    best: Dict[int, LayoutField] = {}
-    form = "plain"
-    for candidate in ("plain", "rotated"):
-        placed = _place(page, values, candidate)
-        if sum(encoding in ACCESS_RIGHTS_FIELDS for encoding in placed) > sum(encoding in ACCESS_RIGHTS_FIELDS for encoding in best) or not best:
-            best, form = placed, candidate
-    revision = int.from_bytes(page[:4], "little") & ~SHADOW_BIT
-    layout = Layout(f"learnt_{revision:x}", f"learnt by VMREAD, revision {revision:#x}", (revision,), PAGE_SIZE, form, dict(sorted(best.items())),
-                    sources=("VMREAD values compared with the page of the same VMCS",),
-                    caveats=("learnt from one VMCS: fields that were 0 or not unique are missing",))
-    return Learnt(layout, tuple(sorted(set(values) - set(best))), len(values), _agreeing(best, form))
+    revision = int.from_bytes(samples[0].page[:4], "little") & ~SHADOW_BIT if samples else 0
+    found = infer(samples, f"learnt_{revision:x}")
+    candidates = _packaged() if known is None else known
+    fitting = {name: layout for name, layout in candidates.items() if _explains(layout, samples, found)}
+    read = {encoding for sample in samples for encoding in sample.values}
+    places, more = dict(found.layout.fields), []
+    for encoding in sorted(read - set(places)):
+        said = {(layout.fields[encoding].offset, layout.fields[encoding].size) for layout in fitting.values() if encoding in layout.fields}
+        if len(said) == 1:
+            offset, size = said.pop()
+            if not any(place.offset < offset + size and offset < place.end for place in places.values()):
+                places[encoding] = LayoutField(offset, size, f"as in {', '.join(fitting)}")
+                more.append(encoding)
+    forms = {layout.access_rights for layout in fitting.values()}
+    form = found.layout.access_rights if found.layout.access_rights != "unknown" or len(forms) != 1 else forms.pop()
+    caveats = (f"{len(more)} of {len(places)} places are those of {', '.join(fitting)}, which explains every value read",) if more else ()
+    layout = replace(found.layout, access_rights=form, fields=dict(sorted(places.items())), caveats=(*caveats, *found.layout.caveats),
+                     title=f"learnt by VMREAD, revision {revision:#x}")
+    explained = len({value for sample in samples for value in sample.values.values() if value}) if fitting else 0
+    return Learnt(layout, found, tuple(fitting), tuple(more), explained)
 
 
-def _stored(encoding: int, value: int, form: str) -> bytes:
-    size = vmcs_fields.find(encoding).size
-    if form == "rotated" and encoding in ACCESS_RIGHTS_FIELDS:
-        value = (value << 8 | value >> 24) & 0xFFFFFFFF
-    return value.to_bytes(size, "little")
-
-
-def _places(page: bytes, data: bytes) -> List[int]:
-    found, at = [], page.find(data, HEADER)
-    while at >= 0:
-        if at % min(len(data), 4) == 0:
-            found.append(at)
-        at = page.find(data, at + 1)
-    return found
-
-
-def _place(page: bytes, values: Mapping[int, int], form: str) -> Dict[int, LayoutField]:
-    stored = {encoding: _stored(encoding, value, form) for encoding, value in values.items() if value}
-    owners: Dict[bytes, int] = {}
-    for data in stored.values():
-        owners[data] = owners.get(data, 0) + 1
-    # A value that two fields share cannot tell them apart, wherever it stands.
-    open_fields = {encoding: _places(page, data) for encoding, data in stored.items() if owners[data] == 1}
-    placed: Dict[int, LayoutField] = {}
-    taken = bytearray(PAGE_SIZE)
-    # The long and distinctive first: a 16-bit value is found inside longer ones.
-    progress = True
-    while progress:
-        progress = False
-        for encoding in sorted(open_fields, key=lambda item: -len(stored[item])):
-            size = len(stored[encoding])
-            free = [at for at in open_fields[encoding] if not any(taken[at:at + size])]
-            if len(free) == 1 and (size > 2 or not any(len(stored[other]) > 2 for other in open_fields if other != encoding)):
-                placed[encoding] = LayoutField(free[0], size)
-                taken[free[0]:free[0] + size] = b"\1" * size
-                del open_fields[encoding]
-                progress = True
-        if not progress and any(len(stored[item]) > 2 for item in open_fields):
-            # What is left of the longer ones is ambiguous for good; the short ones may still be told apart.
-            open_fields = {encoding: places for encoding, places in open_fields.items() if len(stored[encoding]) <= 2}
-            progress = bool(open_fields)
-    return placed
-
-
-def _agreeing(placed: Mapping[int, LayoutField], form: str) -> Tuple[Tuple[str, int], ...]:
+def _packaged() -> Mapping[str, Layout]:
     from vtdbg.vmx.layouts import layouts
 
-    rows = []
-    for known in layouts().values():
-        common = [encoding for encoding in placed if encoding in known.fields]
-        same = [encoding for encoding in common if known.fields[encoding].offset == placed[encoding].offset]
-        if common and len(same) == len(common) and known.access_rights in (form, "unknown"):
-            rows.append((known.id, len(same)))
-    return tuple(sorted(rows, key=lambda row: -row[1]))
+    return layouts()
+
+
+def _explains(layout: Layout, samples: Sequence[Sample], found: Inference) -> bool:
+    """Does every value stand where the layout has its field, zeros too, enough of them, and no place contradict what the pages prove?"""
+    distinct = set()
+    for sample in samples:
+        raw = layout.raw_values(sample.page)
+        for encoding, value in sample.values.items():
+            if encoding not in raw:
+                continue
+            if raw[encoding] != value:
+                return False
+            if value:
+                distinct.add(value)
+    contradicted = any(layout.fields[encoding].offset != place.offset for encoding, place in found.layout.fields.items()
+                       if encoding in layout.fields)
+    return len(distinct) >= ENOUGH and not contradicted
+
+
+def save(learnt: Learnt, samples: Sequence[Sample], path: str) -> None:
+    """A layout file that keeps what was seen.  Raises FormatError where it cannot be written."""
+    kept = [{"page": sample.page.hex(), "values": {f"{encoding:#06x}": hex(value) for encoding, value in sorted(sample.values.items())}}
+            for sample in samples]
+    save_layout(learnt.layout, path, kept)
+
+
+def load_samples(path: str) -> List[Sample]:
+    """What an earlier `save` kept.  Raises FormatError naming what is wrong: no such file, no layout file, no samples, damaged ones."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read((1 << 20) + 1)
+    except OSError as error:
+        raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
+    parse_layout(data[:(1 << 20) + 1], path)
+    rows: Any = json.loads(data).get("samples")
+    if not isinstance(rows, list) or not rows:
+        raise FormatError(path, "has no samples: it was not written by `vmcs layout learn --out`")
+    return [_sample(path, number, row) for number, row in enumerate(rows)]
+
+
+def _sample(path: str, number: int, row: Any) -> Sample:
+    try:
+        page = bytes.fromhex(row["page"])
+        values = {vmcs_fields.find(int(encoding, 16)).encoding: int(value, 16) for encoding, value in row["values"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, UnknownName) as error:
+        raise FormatError(path, f"sample {number} is damaged ({' '.join(str(error).split())[:80]})") from error
+    if len(page) != PAGE_SIZE:
+        raise FormatError(path, f"sample {number} has {len(page)} bytes of page, not {PAGE_SIZE}")
+    return Sample(page, values, f"{path}, sample {number}")
