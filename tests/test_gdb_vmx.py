@@ -16,6 +16,7 @@ from support.livegdb import error, plugged, unavailable, vtdbg
 from support.vmxcpu import Unavailable
 from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
+import vtdbg as vtdbg_package
 from vtdbg.commands.live import existing_msrs
 from vtdbg.targets.gdbtext import error_of
 from vtdbg.targets.inject import Injector
@@ -282,6 +283,27 @@ def test_through_ept(at_handler: MiPort) -> None:
 def test_a_session_of_our_own(stub: VmxStub) -> None:
     text = vtdbg("vmcs", "dump", hex(VMCS), "--vmread", "--yes", "--group", "host", "-s", f"gdb:127.0.0.1:{stub.port}", status=None)
     assert "HOST_RIP" in text or "in the host only" in text
+
+
+def test_open_takes_a_live_target(stub: VmxStub) -> None:
+    """vtdbg.open("gdb:HOST:PORT") is a machine like any other; closing it lets go and leaves the target where it was."""
+    machine = vtdbg_package.open(f"gdb:127.0.0.1:{stub.port}")
+    with machine.memory:
+        assert machine.live and machine.format == "live"
+        page = machine.memory.read_page(VMCS)
+        assert vtdbg_package.Vmcs.from_page(page, "bochs_2.8")["HOST_RIP"] == HANDLER
+        assert "VMware at 127.0.0.1" in machine.provenance
+        rip = machine.port.registers()["rip"]  # type: ignore[attr-defined]
+    with MiPort(f"127.0.0.1:{stub.port}") as gdb:
+        assert gdb.registers()["rip"] == rip
+
+
+def test_open_says_what_is_wrong_with_a_live_source() -> None:
+    for source, options, said in (("gdb:127.0.0.1:1", {}, "nothing to connect to"), ("gdb:nowhere", {}, "write gdb:HOST:PORT"),
+                                  ("gdb:127.0.0.1:1", {"format": "raw"}, "is for dump files"), ("sample:nothing", {}, "unknown sample")):
+        with pytest.raises(vtdbg_package.VtdbgError) as raised:
+            vtdbg_package.open(source, **options)
+        assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_stub_without_physical_reads_says_what_is_impossible() -> None:

@@ -46,7 +46,7 @@ def made(seed: int, stops: int, wide: bool) -> "Tuple[Dict[int, int], List[Sampl
     return places, samples
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(st.integers(0, 1 << 32), st.integers(1, 4), st.booleans())
 def test_what_is_placed_is_placed_right(seed: int, stops: int, wide: bool) -> None:
     """Unique or by elimination, in one stop or several: never at a wrong place.  No packaged layout explains such a page."""
@@ -60,7 +60,7 @@ def test_what_is_placed_is_placed_right(seed: int, stops: int, wide: bool) -> No
         assert place.status != "absent"
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=5)
 @given(st.integers(0, 1 << 32))
 def test_more_stops_place_more(seed: int) -> None:
     _, samples = made(seed, 5, wide=True)

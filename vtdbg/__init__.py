@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 __version__ = "0.1.0"
 
 _PUBLIC: Dict[str, str] = {
-    "open": "vtdbg.memory.open:open_machine",
+    "open": "vtdbg.opening:open_source",
     "memory_from_segments": "vtdbg.memory.base:memory_from_segments",
     "PhysicalMemory": "vtdbg.memory.base:PhysicalMemory",
     "MemoryUnavailable": "vtdbg.errors:MemoryUnavailable",
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from vtdbg.gva import translate
     from vtdbg.machine import Cpu, Machine
     from vtdbg.memory.base import PhysicalMemory, memory_from_segments
-    from vtdbg.memory.open import open_machine as open
     from vtdbg.memory.views import GuestPhysicalMemory, LinearMemory
+    from vtdbg.opening import open_source as open
     from vtdbg.scanner import scan
     from vtdbg.svm.capabilities import SvmCapabilities
     from vtdbg.svm.entry import check_vmrun
