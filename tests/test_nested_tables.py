@@ -236,6 +236,37 @@ def test_uncacheable_everything_and_misconfigured_entries_with_their_path() -> N
     assert (remark.verdict, remark.start, remark.path[-1]) == ("fail", M2, made.entry_address) and len(remark.path) == 4
 
 
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_a_misconfiguration_is_found_at_every_level_with_its_path(level: int) -> None:
+    """SDM vol. 3, EPT Misconfigurations: in a reference to a table, bits 7:3 (level 4) or 6:3 are reserved; in a page, memory type 2 is."""
+    builder = TableBuilder()
+    builder.map(0, 0x40000000, K4, 0x37, 7)
+    gpa = 5 << 12 + 9 * (level - 1)
+    at, _ = builder.entry_address(gpa, level, 7)
+    builder.set(at, 0x50000000 | 7 | (1 << 4 if level == 1 else 1 << 6))
+    [remark] = said(builder)["entries"]
+    assert (remark.verdict, remark.start, remark.length) == ("fail", gpa, 1 << 12 + 9 * (level - 1))
+    assert remark.path[-1] == at and len(remark.path) == 5 - level and f"level {level} " in remark.message
+    assert Ept(builder.root | 0x1E).walk(builder.memory(), gpa).outcome == "misconfiguration"
+
+
+def test_aliases_of_other_memory_types_fail_and_without_any_nothing_is_said() -> None:
+    """SDM vol. 3, Programming the PAT: one frame cached in one place and uncached in another is undefined."""
+    builder = identity(split=())
+    builder.map(0x40000000, 0x200000, K4, 0x07, 7)
+    [remark] = said(builder)["alias"]
+    assert (remark.verdict, remark.start, remark.length) == ("fail", 0x40000000, K4) and "0x200000" in remark.message
+    assert [remark.verdict for remark in said(identity(split=()))["alias"]] == ["pass"]
+
+
+def test_tables_that_can_only_be_read_are_a_note_and_out_of_reach_nothing() -> None:
+    read_only, apart = TableBuilder(base=0x10000), TableBuilder(base=0x10000)
+    read_only.map(0, 0x10000, K4, 0x31, 7)
+    apart.map(0, 0x9000000, K4, 0x37, 7)
+    assert [(remark.verdict, remark.start) for remark in said(read_only)["tables"]] == [("note", 0)]
+    assert [remark.verdict for remark in said(apart)["tables"]] == ["pass"]
+
+
 # ---- what kernels said of their own tables ------------------------------------------------------------------------------------------
 
 def test_every_frame_of_the_pagemap_is_found(intel_plain: Path, intel_plain_truth: Dict[str, Any]) -> None:

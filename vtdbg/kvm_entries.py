@@ -8,12 +8,17 @@ generation of the memory slots it belongs to (Linux 6.1, arch/x86/kvm/mmu/spte.c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import TYPE_CHECKING, Mapping, Optional, Tuple
 
 from vtdbg import bits
 
+if TYPE_CHECKING:
+    from vtdbg.walk import Step
+
 EPT_MARKER, EPT_MARKER_MASK = 0b110, 0b111
 NPT_MARKER = NPT_MARKER_MASK = 1 << 51 | 1
+MARKERS: Mapping[str, Tuple[int, int]] = {"ept": (EPT_MARKER, EPT_MARKER_MASK), "npt": (NPT_MARKER, NPT_MARKER_MASK)}
+"""What KVM's MMIO entries have in common, and in which bits."""
 _PAGE = 4095
 _L1TF_BITS = 5
 
@@ -47,9 +52,17 @@ def mmio_entry(entry: int, gpa: int, marker: int, marker_mask: int) -> Optional[
     return None
 
 
-def describe_mmio(entry: int, gpa: int, marker: int, marker_mask: int) -> str:
-    """One phrase for a reason; empty where the entry is not KVM's MMIO entry for `gpa`."""
-    found = mmio_entry(entry, gpa, marker, marker_mask)
+def software_words(step: "Step", gpa: int, kind: str) -> str:
+    """What software keeps in the entry of a step of a walk ("ept" or "npt") that the processor does not use; empty where there is nothing."""
+    if not step.entry:
+        return ""
+    found = describe_mmio(step.entry, gpa, kind) if step.level == 1 else ""
+    return found or (f"software bits {step.software_bits:#x}" if step.software_bits else "")
+
+
+def describe_mmio(entry: int, gpa: int, kind: str) -> str:
+    """One phrase for a reason; empty where the entry ("ept" or "npt") is not KVM's MMIO entry for `gpa`."""
+    found = mmio_entry(entry, gpa, *MARKERS[kind])
     if found is None:
         return ""
     more = f", address bits {found.l1tf_low + _L1TF_BITS - 1}:{found.l1tf_low} set against L1TF" if found.l1tf_low is not None else ""

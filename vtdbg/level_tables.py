@@ -38,6 +38,18 @@ class LevelSpec:
     leaf_needs: str = ""
 
 
+def long_levels(prefix: str = "", third: str = "PDPTE") -> Tuple[LevelSpec, ...]:
+    """The five levels of 512 entries that EPT, NPT and long-mode paging have in common; their bit tables begin with `prefix`, and AMD calls
+    entries of the third level otherwise."""
+    return (
+        LevelSpec(5, "PML5E", 48, table=f"{prefix}pml5e"),
+        LevelSpec(4, "PML4E", 39, table=f"{prefix}pml4e"),
+        LevelSpec(3, third, 30, table=f"{prefix}pdpte", leaf=f"{prefix}pdpte_1g"),
+        LevelSpec(2, "PDE", 21, table=f"{prefix}pde", leaf=f"{prefix}pde_2m"),
+        LevelSpec(1, "PTE", 12, leaf=f"{prefix}pte"),
+    )
+
+
 @dataclass(frozen=True)
 class Right:
     """A permission: `letter` is what is printed, `ident` the entry's bit, `inverted` for a bit that takes away (XD)."""

@@ -15,7 +15,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple
 from vtdbg import bits
 from vtdbg.enumeration import Enumeration, Problem, Range
 from vtdbg.errors import MemoryUnavailable
-from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, NPT_MARKER, NPT_MARKER_MASK, describe_mmio
+from vtdbg.kvm_entries import describe_mmio
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.nested.filter import has_flag, outside
 from vtdbg.numbers import size_text
@@ -179,8 +179,7 @@ def _mmio(structure: Structure, problem: Problem) -> str:
     """KVM makes such entries on purpose, one a page."""
     if problem.entry is None or problem.level != 1 or problem.entries != 1:
         return ""
-    marker = (EPT_MARKER, EPT_MARKER_MASK) if isinstance(structure, Ept) else (NPT_MARKER, NPT_MARKER_MASK)
-    return describe_mmio(problem.entry, problem.start, *marker)
+    return describe_mmio(problem.entry, problem.start, "ept" if isinstance(structure, Ept) else "npt")
 
 
 def _loops(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:

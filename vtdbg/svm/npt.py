@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Mapping, Optional, Protocol, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
-from vtdbg.kvm_entries import NPT_MARKER, NPT_MARKER_MASK, describe_mmio
-from vtdbg.level_tables import LevelSpec, Right, RuleSpec, Tables, TableSet, compile_tables, memory_type_of
+from vtdbg.kvm_entries import software_words
+from vtdbg.level_tables import Right, RuleSpec, Tables, TableSet, compile_tables, long_levels, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import (
     OUTCOMES,
@@ -22,7 +22,6 @@ from vtdbg.walk import (
     Descent,
     EntrySource,
     MemorySource,
-    Step,
     Walk,
     check_address,
     denied,
@@ -39,13 +38,7 @@ _SEE = "APM vol. 2, Page-Translation-Table Entry Fields, Reserved Bits"
 
 NPT = TableSet(
     "npt", "NPT",
-    levels=(
-        LevelSpec(5, "PML5E", 48, table="npt_pml5e"),
-        LevelSpec(4, "PML4E", 39, table="npt_pml4e"),
-        LevelSpec(3, "PDPE", 30, table="npt_pdpte", leaf="npt_pdpte_1g"),
-        LevelSpec(2, "PDE", 21, table="npt_pde", leaf="npt_pde_2m"),
-        LevelSpec(1, "PTE", 12, leaf="npt_pte"),
-    ),
+    levels=long_levels("npt_", third="PDPE"),
     present=("P",),
     rights=(Right("r", "P", "read"), Right("w", "RW", "write"), Right("x", "NX", "execute", inverted=True), Right("u", "US", "user access")),
     rules=(RuleSpec("nx-disabled", "bit 63 (NX) is reserved while the host's EFER.NXE is 0", _SEE, ("NX",), when=(("nxe", False),)),),
@@ -191,7 +184,7 @@ class Npt:
             memory_type = memory_type_of(found.last.table, found.last.entry or 0, self.pat)
             outcome, reason = self._permitted(found, access)
         else:
-            reason = reason_of(found, lambda step: _software(step, found.address), "has a reserved bit set")
+            reason = reason_of(found, lambda step: software_words(step, found.address, "npt"), "has a reserved bit set")
         info1: Optional[int] = None
         if access is not None and outcome in ("violation", "misconfiguration"):
             info1 = self._info1(access, present=found.end != "not-present", reserved=found.end == "misconfigured")
@@ -228,18 +221,6 @@ class Npt:
         numbers = {"P": present, "RW": self._writes(access), "US": not self.gmet or bool(access.user), "RSV": reserved,
                    "ID": access.fetch and self.nxe is not False, "SS": access.shadow_stack, "FINAL": not walking, "GPT": walking}
         return bits.table("npf_info1").encode(**{ident: int(on) for ident, on in numbers.items()})
-
-
-
-
-def _software(step: Step, gpa: int) -> str:
-    """What software keeps in an entry that the processor does not use."""
-    if not step.entry:
-        return ""
-    found = describe_mmio(step.entry, gpa, NPT_MARKER, NPT_MARKER_MASK) if step.level == 1 else ""
-    if found or not step.software_bits:
-        return found
-    return f"software bits {step.software_bits:#x}"
 
 
 def npt_walk(memory: PhysicalMemory, ncr3: int, gpa: int, access: AccessLike = None, caps: Optional[HasWidth] = None, *,

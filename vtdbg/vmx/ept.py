@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, List, NamedTuple, Optional, Protocol, Tuple
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
-from vtdbg.kvm_entries import EPT_MARKER, EPT_MARKER_MASK, describe_mmio
-from vtdbg.level_tables import MAXPHYADDR, LevelSpec, Right, RuleSpec, Tables, TableSet, compile_tables, memory_type_of
+from vtdbg.kvm_entries import software_words
+from vtdbg.level_tables import MAXPHYADDR, Right, RuleSpec, Tables, TableSet, compile_tables, long_levels, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import (
     OUTCOMES,
@@ -40,13 +40,7 @@ _VIOLATIONS = "SDM vol. 3, EPT Violations"
 
 EPT = TableSet(
     "ept", "EPT",
-    levels=(
-        LevelSpec(5, "PML5E", 48, table="ept_pml5e"),
-        LevelSpec(4, "PML4E", 39, table="ept_pml4e"),
-        LevelSpec(3, "PDPTE", 30, table="ept_pdpte", leaf="ept_pdpte_1g"),
-        LevelSpec(2, "PDE", 21, table="ept_pde", leaf="ept_pde_2m"),
-        LevelSpec(1, "PTE", 12, leaf="ept_pte"),
-    ),
+    levels=long_levels("ept_"),
     present=("R", "W", "X", "XU"),
     rights=(
         Right("r", "R", "read"),
@@ -222,7 +216,7 @@ class Ept:
 
     def _judge(self, found: Descent, structure: str, access: Optional[Access]) -> Walk:
         outcome = OUTCOMES[found.end]
-        reason = "" if found.end == "leaf" else reason_of(found, lambda step: _software(step, found.address))
+        reason = "" if found.end == "leaf" else reason_of(found, lambda step: software_words(step, found.address, "ept"))
         memory_type: Optional[str] = None
         notes: Tuple[str, ...] = ()
         if found.end == "leaf":
@@ -304,16 +298,6 @@ class Ept:
 _FEATURES = (("execute-only", "EXECUTE_ONLY"), ("1g", "1GB_PAGES"), ("2m", "2MB_PAGES"))
 _CONTROLS = (("mbec", "sec", "MODE_BASED_EPT_EXEC"), ("spp", "sec", "SUB_PAGE_WRITE"),
              ("paging_write", "tert", "EPT_PAGING_WRITE_CONTROL"), ("verify_paging", "tert", "GUEST_PAGING_VERIFICATION"))
-
-
-def _software(step: Step, gpa: int) -> str:
-    """What software keeps in an entry that the processor does not use."""
-    if not step.entry:
-        return ""
-    found = describe_mmio(step.entry, gpa, EPT_MARKER, EPT_MARKER_MASK) if step.level == 1 else ""
-    if found or not step.software_bits:
-        return found
-    return f"software bits {step.software_bits:#x}"
 
 
 def ept_walk(memory: PhysicalMemory, eptp: int, gpa: int, access: AccessLike = None, caps: Optional[EptCapabilities] = None, *,

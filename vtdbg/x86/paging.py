@@ -22,6 +22,7 @@ from vtdbg.level_tables import (
     Tables,
     TableSet,
     compile_tables,
+    long_levels,
     memory_type_of,
 )
 from vtdbg.memory.base import PhysicalMemory
@@ -50,13 +51,7 @@ _XD = RuleSpec("xd-disabled", "bit 63 (XD) is reserved while IA32_EFER.NXE is 0"
 
 LONG_MODE = TableSet(
     "x86-64", "x86-64 paging",
-    levels=(
-        LevelSpec(5, "PML5E", 48, table="pml5e"),
-        LevelSpec(4, "PML4E", 39, table="pml4e"),
-        LevelSpec(3, "PDPTE", 30, table="pdpte", leaf="pdpte_1g"),
-        LevelSpec(2, "PDE", 21, table="pde", leaf="pde_2m"),
-        LevelSpec(1, "PTE", 12, leaf="pte"),
-    ),
+    levels=long_levels(),
     present=("P",), rights=_RIGHTS,
     rules=(_XD, RuleSpec("page-size-1g", "bit 7 (PS) is reserved: the processor does not support 1-GByte pages (CPUID.80000001H:EDX[26])",
                          _RESERVED, ("PS",), on="leaf", levels=(3,), when=(("1g", False),))),
