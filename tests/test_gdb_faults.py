@@ -1,0 +1,160 @@
+"""What is in the way of a live target, in the plugin inside GDB and through a gdb of our own: one clear line each, and the target as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+from lab_amd import BareQemu, Unavailable
+from support.livegdb import Wire, error, plugged, unavailable, vtdbg
+
+from vtdbg.targets.mi import MiPort
+from vtdbg.targets.start import gdb_arguments, gdb_environment
+
+pytestmark = pytest.mark.live
+
+MODE = "maintenance packet qqemu.PhyMemMode"
+OUTSIDE = "0x7fffffff000"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareQemu]:
+    try:
+        machine = BareQemu(tmp_path_factory.mktemp("bare"), bytes(range(256)) * 64)
+    except Unavailable as reason:
+        unavailable(str(reason))
+        raise
+    try:
+        yield machine
+    finally:
+        machine.close()
+
+
+def as_it_was(bare: BareQemu, registers: str) -> None:
+    """Memory packets are virtual, no register has changed, the machine does not run."""
+    with MiPort(f"127.0.0.1:{bare.port}") as gdb:
+        assert '"0"' in gdb.execute(MODE)
+        assert gdb.execute("info registers") == registers
+    assert not bare.running
+
+
+@pytest.fixture
+def registers(bare: BareQemu) -> str:
+    with MiPort(f"127.0.0.1:{bare.port}") as gdb:
+        return gdb.execute("info registers")
+
+
+FAULTS = [
+    (f"vmcs dump {OUTSIDE}", "no RAM there"), (f"vmcb dump {OUTSIDE}", "no RAM there"), (f"phys {OUTSIDE}", "no RAM there"),
+    ("vmcs dump 0x1008", "not 4 KiB aligned"), ("vmcs dump 0x1000", "VMCS"),
+    ("vmcs dump no_such_symbol", "no_such_symbol"), ("phys no_such_symbol 4x", "no_such_symbol"), ("vmcb list --at", "unrecognized"),
+    ("vmcs get NO_SUCH_FIELD --at 0x1000", ""), ("vmcs dump --vmread --yes", "not known whether the processor is in the host"),
+    ("cpuid 0 --yes --assume-host", "64-bit"), ("msr read NO_SUCH_MSR --yes", "NO_SUCH_MSR"),
+]
+
+
+@pytest.mark.parametrize("option", ["", " --no-fast"])
+def test_bad_input_in_the_plugin(bare: BareQemu, registers: str, option: str) -> None:
+    with plugged(bare.port) as gdb:
+        for command, said in FAULTS:
+            assert said in error(gdb, command + option), command
+            assert '"0"' in gdb.execute(MODE)
+    as_it_was(bare, registers)
+
+
+@pytest.mark.parametrize(("command", "said"), [item for item in FAULTS if "dump" in item[0]][:6])
+def test_bad_input_through_a_gdb_of_our_own(bare: BareQemu, registers: str, command: str, said: str) -> None:
+    line = vtdbg(*command.split(), "-s", bare.source, status=2)
+    assert said in line and line.count("\n") == 1 and "Traceback" not in line
+    as_it_was(bare, registers)
+
+
+@pytest.mark.parametrize("count", [10, 60, 900])
+def test_stub_gone_in_a_command_of_our_own_gdb(bare: BareQemu, registers: str, count: int) -> None:
+    """The wire is cut early and late: one line, and the next session ends the physical mode that QEMU was left in, or says so."""
+    with Wire(bare.port, after=b"$m", count=count) as wire:
+        line = vtdbg("vmcb", "list", "--scan", "all", "--no-fast", "-s", f"gdb:127.0.0.1:{wire.port}", status=2)
+        assert "connection to the target is lost" in line and line.count("\n") == 1
+    time.sleep(0.2)
+    text = vtdbg("phys", "0x100000", "-s", bare.source)
+    with MiPort(f"127.0.0.1:{bare.port}") as gdb:
+        if '"1"' in gdb.execute(MODE):
+            assert "memory packets were physical before this command" in " ".join(text.split())
+            gdb.execute("maintenance packet Qqemu.PhyMemMode:0")
+    as_it_was(bare, registers)
+
+
+def test_ctrl_c_in_a_command_of_our_own_gdb(bare: BareQemu, registers: str) -> None:
+    """SIGINT while memory is read through the stub: packets are virtual again, and the machine does not run."""
+    interrupted = 0
+    for delay in (0.9, 1.3, 1.8):
+        process = subprocess.Popen([sys.executable, "-m", "vtdbg", "vmcb", "list", "--scan", "all", "--no-fast", "-s", bare.source],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGINT)
+        text, errors = process.communicate(timeout=30)
+        assert "Traceback" not in errors, errors
+        interrupted += "interrupted" in text + errors
+        as_it_was(bare, registers)
+    assert interrupted
+
+
+def test_a_second_client_in_the_plugin(bare: BareQemu, registers: str) -> None:
+    """GDB itself gives up; vtdbg in it says that there is no target, and the first client's session goes on."""
+    with plugged(bare.port) as first:
+        connect = f"target remote 127.0.0.1:{bare.port}"
+        words = [word for command in ("set tcp auto-retry off", "set remotetimeout 1", connect, "vmcb list") for word in ("-ex", command)]
+        started = time.monotonic()
+        done = subprocess.run(gdb_arguments(["-q", "-nx", "-batch", *words]), env=gdb_environment(), capture_output=True, text=True, timeout=60,
+                              check=False)
+        assert time.monotonic() - started < 40
+        assert done.stderr.splitlines()[-1].startswith("vt: GDB has no target: connect first")
+        assert "0x0706050403020100" in first.execute("phys 0x100000")
+    as_it_was(bare, registers)
+
+
+def test_stub_gone_between_commands(tmp_path: Path) -> None:
+    """QEMU ends while GDB is connected: the next command says it, in one line, and so does every later one."""
+    try:
+        machine = BareQemu(tmp_path)
+    except Unavailable as reason:
+        unavailable(str(reason))
+        raise
+    with plugged(machine.port) as gdb:
+        gdb.execute("phys 0x1000 4x")
+        machine.close()
+        assert "lost" in error(gdb, "phys 0x2000 4x --no-fast")
+        for command in ("phys 0x2000 4x --no-fast", "vmcb list", "cpuid 0 --yes"):
+            assert "connect" in error(gdb, command)
+        assert "EPT_VIOLATION" in gdb.execute("vt exit explain --reason 48")
+
+
+def test_a_running_target(tmp_path: Path) -> None:
+    """In GDB: one line.  A gdb of our own stops what it connects to, as every debugger does at this stub, and leaves it stopped."""
+    try:
+        machine = BareQemu(tmp_path)
+    except Unavailable as reason:
+        unavailable(str(reason))
+        raise
+    try:
+        with plugged(machine.port) as gdb:
+            gdb.execute("vt source info")
+            gdb.execute("continue &")
+            for command in ("vmcb list", "phys 0x1000 4x", "cpuid 0 --yes", "vmcs layout learn 0x1000 --yes"):
+                assert "the target is running: stop it first" in error(gdb, command)
+            assert machine.running
+            gdb.execute("interrupt")
+            time.sleep(0.3)
+            assert "0x0" in gdb.execute("phys 0x1000 4x")
+        machine.qmp("cont")
+        assert machine.running
+        assert "0x000000001000" in vtdbg("phys", "0x1000", "4x", "-s", machine.source)
+        assert not machine.running
+    finally:
+        machine.close()
