@@ -1,22 +1,21 @@
 """All of a paging structure at once: merged ranges, or every leaf, and what is wrong with it.
 
 Works from the same compiled level tables (`vtdbg.level_tables`) as a walk: what an entry is, what it grants and which rules it breaks is said there
-once.  Each table is read once; a run of entries that step by one page is found by one comparison of the whole table as one big number, so
-that a regular table of 512 pages costs about as much as one entry.
+once.  Each table is read once and compared as a whole (`vtdbg.table_runs`).
 """
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
+from itertools import chain, repeat
+from typing import Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from vtdbg.errors import MemoryUnavailable, UsageError
 from vtdbg.level_tables import EntryKind, Level, Permissions, Rule, Tables, memory_type_of
 from vtdbg.memory.base import PhysicalMemory
+from vtdbg.table_runs import BROKEN, LEAF, TABLE, Content, Judge, Pages, Run, Shape, contents, shapes_of
 from vtdbg.walk import Structure
 from vtdbg.x86.paging import sign_extended
 
@@ -29,7 +28,6 @@ REPEATED_LIMIT = 1 << 20
 the work is old tables in new places, there is nothing to learn from more of it: a second or two instead of half a minute."""
 PROBLEM_LIMIT = 10_000
 _CACHE_ITEMS = 1 << 15
-_UNMERGED = ("A", "D")
 
 
 class Range(NamedTuple):
@@ -132,176 +130,13 @@ class Problem:
     rules: Tuple[Rule, ...] = ()
 
 
-_Run = Tuple[int, int, int, int]
-"""(index, how many entries, the first one, what they are).  Leaves step by one page; broken entries break the same rules; a table is alone.
-
-Plain tuples of numbers, because the garbage collector does not look into those: a large structure has a million of them.
-"""
-_LEAF, _TABLE, _BROKEN = range(3)
-"""What entries are; _BROKEN and above: which set of rules they break (`_Judge.rules`)."""
-
-
-class _Shape(NamedTuple):
-    """Constants of one level for whole-table comparison: the lanes of a table as one number."""
-
-    level: Level
-    code: str
-    size: int
-    lane: int
-    keep_all: int
-    ones: int
-    steps: int
-    attributes: int
-    ruled: int
-    linear: bool
-    address: int
-
-
-@lru_cache(maxsize=128)
-def _shapes(tables: Tables, apart: FrozenSet[str], exact: bool) -> Tuple[_Shape, ...]:
-    return tuple(_shape(tables, level, apart, exact) for level in tables.levels)
-
-
-def _shape(tables: Tables, level: Level, apart: FrozenSet[str], exact: bool) -> _Shape:
-    width = level.entry_size * 8
-    lane = (1 << width) - 1
-    ones = sum(1 << width * index for index in range(level.entries))
-    attributes = ruled = address = 0
-    keep = tables.present | tables.rights_mask | level.large
-    for kind in (level.table, level.leaf):
-        if kind is None:
-            continue
-        keep |= kind.address | kind.high_address
-        for rule in kind.rules:
-            ruled |= rule.mask
-        if kind.leaf:
-            attributes = _attributes(tables, level, kind, apart)
-            address = kind.bits["ADDRESS"].mask
-    ruled |= level.large
-    keep = lane if exact else keep | attributes | ruled
-    steps = sum(level.page_size * index << width * index for index in range(level.entries))
-    # A step that does not fit in a lane (the top levels) would run into the next one.
-    fits = level.leaf is not None and level.page_size * level.entries <= lane
-    return _Shape(level, "Q" if width == 64 else "I", level.entries * level.entry_size, lane, keep * ones, ones, steps,
-                  lane if exact else attributes, ruled, fits, address)
-
-
-def _attributes(tables: Tables, level: Level, kind: EntryKind, apart: FrozenSet[str]) -> int:
-    """The bits of a leaf that tell ranges apart, besides address and rights."""
-    mask = 0
-    for row in kind.bits.fields:
-        if row.kind in ("flag", "enum", "number") and row.ident != "PS" and (row.ident not in _UNMERGED or row.ident in apart):
-            mask |= row.mask
-    return mask & ~(tables.rights_mask | tables.present | level.large)
-
-
-class _Judge:
-    """What the entries of one level are.  That depends on few of their bits, and few combinations of those occur."""
-
-    _LIMIT = 4096
-    """Combinations that are kept: hostile tables do not get to keep all of theirs."""
-
-    def __init__(self, shape: _Shape) -> None:
-        self._level, self._ruled = shape.level, shape.ruled
-        self.known: Dict[int, int] = {}
-        self.rules: List[Tuple[Rule, ...]] = []
-
-    def of(self, entry: int) -> int:
-        """_LEAF, _TABLE, or _BROKEN plus the number of the rules that it breaks."""
-        key = entry & self._ruled
-        found = self.known.get(key)
-        if found is None:
-            kind = self._level.kind(entry)
-            rules = kind.broken(entry)
-            if not rules:
-                found = _LEAF if kind.leaf else _TABLE
-            else:
-                if rules not in self.rules:
-                    self.rules.append(rules)
-                found = _BROKEN + self.rules.index(rules)
-            if len(self.known) < self._LIMIT:
-                self.known[key] = found
-        return found
-
-
-def _runs(shape: _Shape, tables: Tables, data: bytes, judge: _Judge) -> List[_Run]:
-    """What a table holds, pages that step by one page taken together; entries that are not present are left out."""
-    whole = int.from_bytes(data, "little") & shape.keep_all
-    if not whole:
-        return []
-    first, count = whole & shape.lane, shape.level.entries
-    if (shape.linear and first & tables.present and whole == first * shape.ones + shape.steps and judge.of(first) == _LEAF
-            and _uniform(shape, first, count, judge)):
-        return [(0, count, first, _LEAF)]
-    entries = array(shape.code)
-    entries.frombytes(whole.to_bytes(shape.size, "little"))
-    if sys.byteorder == "big":
-        entries.byteswap()
-    return _irregular(shape, tables.present, entries, judge)
-
-
-def _uniform(shape: _Shape, entry: int, count: int, judge: _Judge) -> bool:
-    """Are `count` entries that step by one page from `entry`, a legal one, all legal, without a carry out of the address bits?
-
-    Only the address changes on the way, and it grows: if the last entry is legal and in range, all are.
-    """
-    last = entry + (count - 1) * shape.level.page_size
-    return not (entry ^ last) & ~shape.address and judge.of(last) == _LEAF
-
-
-def _irregular(shape: _Shape, present: int, entries: "array[int]", judge: _Judge) -> List[_Run]:
-    runs: List[_Run] = []
-    append, known, ruled = runs.append, judge.known, shape.ruled
-    step = shape.level.page_size if shape.linear else 1 << 65
-    expected, open_at, opened = -1, -1, 0
-    for index, entry in enumerate(entries):
-        if entry == expected:
-            expected += step
-            continue
-        if open_at >= 0:
-            if index - open_at == 1:
-                append((open_at, 1, opened, _LEAF))
-            else:
-                _close(shape, runs, open_at, index - open_at, opened, judge)
-            open_at = expected = -1
-        if not entry & present:
-            continue
-        what = known.get(entry & ruled)
-        if what is None:
-            what = judge.of(entry)
-        if what == _LEAF:
-            open_at, opened, expected = index, entry, entry + step
-        elif what >= _BROKEN and runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == index:
-            # Neighbours that break the same rules are one problem, whatever else they hold.
-            runs[-1] = runs[-1][0], runs[-1][1] + 1, runs[-1][2], what
-        else:
-            append((index, 1, entry, what))
-    if open_at >= 0:
-        _close(shape, runs, open_at, len(entries) - open_at, opened, judge)
-    return runs
-
-
-def _close(shape: _Shape, runs: List[_Run], at: int, count: int, entry: int, judge: _Judge) -> None:
-    """Append a run of leaves; one that leaves the legal addresses on the way is taken apart there."""
-    if count == 1 or _uniform(shape, entry, count, judge):
-        runs.append((at, count, entry, _LEAF))
-        return
-    for step in range(count):
-        here = entry + step * shape.level.page_size
-        what = judge.of(here)
-        goes_on = runs and runs[-1][3] == what and runs[-1][0] + runs[-1][1] == at + step
-        if goes_on and (what >= _BROKEN or step and not (runs[-1][2] ^ here) & ~shape.address):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1, runs[-1][2], what
-        else:
-            runs.append((at + step, 1, here, what))
-
-
 class _Frame(NamedTuple):
     """A table on the way: what is left of it, where its addresses begin, what its path grants, and (`whole`) whether all of it is wanted."""
 
     depth: int
     table: int
-    runs: Iterator[_Run]
+    runs: Iterator[Run]
+    pages: Optional[Pages]
     base: int
     rights: int
     entry_address: Optional[int]
@@ -309,7 +144,36 @@ class _Frame(NamedTuple):
     rows_before: int
 
 
-_Batch = Tuple[List[Range], Optional[int], bool]
+class _Rows:
+    """The ranges of a table of nothing but pages, each made when it is asked for: most are looked at once, and the garbage collector has none
+    of them to look after."""
+
+    def __init__(self, pages: Pages, base: int, page_size: int, granted: int, kind: EntryKind, tables: Tables) -> None:
+        offsets = pages.offsets
+        self._starts: Sequence[int] = (range(base + offsets.start, base + offsets.stop, offsets.step) if isinstance(offsets, range)
+                                       else [base + offset for offset in offsets])
+        self._rights = pages.rights if granted == tables.rights_mask else [granted & own for own in pages.rights]
+        self._pages, self._same = pages, (page_size, kind, tables)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, at: int) -> Range:
+        pages, (page_size, kind, tables) = self._pages, self._same
+        return Range(self._starts[at], pages.targets[at], pages.lengths[at], page_size, self._rights[at], pages.attributes[at], kind, tables)
+
+    def __iter__(self) -> Iterator[Range]:
+        return self.between(0, len(self))
+
+    def between(self, first: int, end: int) -> Iterator[Range]:
+        pages, (page_size, kind, tables) = self._pages, self._same
+        columns = (self._starts, pages.targets, pages.lengths, self._rights, pages.attributes)
+        starts, targets, lengths, rights, attributes = [column[first:end] for column in columns] if end - first < len(self) else columns
+        # What Range(...) does for one row, without a call of Python for each.
+        return map(tuple.__new__, repeat(Range), zip(starts, targets, lengths, repeat(page_size), rights, attributes, repeat(kind), repeat(tables)))
+
+
+_Batch = Tuple[Union[List[Range], _Rows], Optional[int], bool]
 """(ranges of one table, one a run; where the table lies; whether no two of them are one range)"""
 
 
@@ -346,42 +210,54 @@ class Enumeration:
         self.table_levels: Dict[int, int] = {}
         self.pages: Dict[int, int] = {}
         self.complete = False
-        self._seen: "OrderedDict[Tuple[int, int], List[_Run]]" = OrderedDict()
+        self._seen: "OrderedDict[Tuple[int, int], Content]" = OrderedDict()
         self._kept = 0
-        self._judges: List[_Judge] = []
+        self._judges: List[Judge] = []
         self._barren: Set[Tuple[int, int]] = set()
         self._reported: Set[Tuple[int, int, int]] = set()
         self._loops: Set[int] = set()
         self._repeated = 0
 
     def __iter__(self) -> Iterator[Range]:
+        return chain.from_iterable(self._merged())
+
+    def _merged(self) -> Iterator[Iterable[Range]]:
+        """The rows in portions: a table of pages that cannot be merged is handed on without a step of Python for each."""
         held: Optional[Range] = None
-        for batch, _, apart in self._batches(_shapes(self._tables, self._apart, exact=False)):
-            for row in batch[:1] if apart else batch:
-                joined = join(held, row, self._ignore_page_size) if held is not None else None
+        for batch, _, apart in self._batches(shapes_of(self._tables, self._apart, exact=False)):
+            ready: List[Range] = []
+            for row in (batch[0],) if apart else batch:
+                # Most rows go elsewhere than where the one before them ends.
+                joined = join(held, row, self._ignore_page_size) if held is not None and held[1] + held[2] == row[1] else None
                 if held is not None and joined is None:
-                    yield held
+                    ready.append(held)
                 held = joined or row
             if apart and len(batch) > 1 and held is not None:
-                yield held
-                yield from batch[1:-1]
+                ready.append(held)
+                yield ready
+                yield batch.between(1, len(batch) - 1) if isinstance(batch, _Rows) else batch[1:-1]
                 held = batch[-1]
+            else:
+                yield ready
         if held is not None:
-            yield held
+            yield (held,)
 
     def leaves(self) -> Iterator[Leaf]:
         """Every page by itself, with its entry as it is in memory."""
         tables = self._tables
         levels = {level.page_size: level for level in tables.levels}
-        for batch, table, _ in self._batches(_shapes(tables, self._apart, exact=True)):
-            for row in batch:
-                level, size = levels[row.page_size], row.page_size
-                for step in range(0, row.length, size):
-                    start = row.start + step
-                    at = None if table is None else table + level.index(start) * level.entry_size
-                    yield Leaf(start, row.target + step, size, row.rights, row.attributes + step, at, level.number, row.kind, tables)
+        for batch, table, _ in self._batches(shapes_of(tables, self._apart, exact=True)):
+            for start, target, length, size, rights, entry, kind, _ in batch:
+                level = levels[size]
+                at = None if table is None else table + level.index(start) * level.entry_size
+                if length == size:
+                    yield Leaf(start, target, size, rights, entry, at, level.number, kind, tables)
+                    continue
+                places = repeat(None) if at is None else range(at, at + length // size * level.entry_size, level.entry_size)
+                yield from map(Leaf, range(start, start + length, size), range(target, target + length, size), repeat(size), repeat(rights),
+                               range(entry, entry + length, size), places, repeat(level.number), repeat(kind), repeat(tables))
 
-    def _batches(self, shapes: Tuple[_Shape, ...]) -> Iterator[_Batch]:
+    def _batches(self, shapes: Tuple[Shape, ...]) -> Iterator[_Batch]:
         """The traversal that everything else is made of: runs of one table after the other, in address order."""
         self._reset()
         structure, tables, first, last = self._structure, self._tables, self._first, self._last
@@ -389,12 +265,12 @@ class Enumeration:
             self._problem(Problem("misconfiguration", 0, 1 << tables.address_bits, structure.root_problem))
             self.complete = True
             return
-        self._judges = [_Judge(shape) for shape in shapes]
+        self._judges = [Judge(shape) for shape in shapes]
         in_registers = structure.registers is not None
         stack: List[_Frame] = []
         top = self._table(shapes, stack, structure.root, None, 0)
-        stack.append(_Frame(0, structure.root, iter(top), 0, tables.rights_mask, None, whole=False, rows_before=0))
-        inverted, pages, new = tables.inverted, self.pages, tuple.__new__
+        stack.append(_Frame(0, structure.root, iter(top), None, 0, tables.rights_mask, None, whole=False, rows_before=0))
+        inverted, pages = tables.inverted, self.pages
         rows, visited, reached = 0, len(top), first
         while stack:
             frame = stack[-1]
@@ -403,22 +279,22 @@ class Enumeration:
             leaf_kind, table_kind = shape.level.leaf, shape.level.table
             sign_bits = 0 if depth else structure.sign_bits
             table_at = None if in_registers and not depth else frame.table
-            batch: List[Range] = []
             entered = False
-            if whole and leaf_kind is not None and table_kind is None and not self._judges[depth].rules and not leaf_kind.high_address:
+            if frame.pages is not None and leaf_kind is not None:
                 # All of it is wanted and nothing but pages is in it: no question to ask of an entry.
-                address, grants = leaf_kind.address, leaf_kind.grants
-                batch = [new(Range, (base + (index << shift), entry & address, entries << shift, page_size,
-                                     granted & (entry ^ inverted | grants), entry & attributes, leaf_kind, tables))
-                         for index, entries, entry, _ in frame.runs]
-                rows += len(batch)
+                rows += len(frame.pages)
+                pages[page_size] = pages.get(page_size, 0) + frame.pages.pages
+                in_bulk = _Rows(frame.pages, base, page_size, granted, leaf_kind, tables)
+                reached = in_bulk[-1].end
+                yield in_bulk, table_at, granted == tables.rights_mask
+            batch: List[Range] = []
             for index, entries, entry, what in frame.runs:
                 start, length = base + (index << shift), entries << shift
                 if sign_bits:
                     start = sign_extended(start, sign_bits)
                 if not whole and (start > last or start + length <= first):
                     continue
-                if what == _LEAF:
+                if what == LEAF:
                     assert leaf_kind is not None
                     if not whole and (start < first or start + length - 1 > last):
                         skip = max(first - start, 0) >> shift << shift
@@ -427,19 +303,21 @@ class Enumeration:
                     rights = granted & (entry ^ inverted | leaf_kind.grants)
                     batch.append(Range(start, leaf_kind.address_of(entry), length, page_size, rights, entry & attributes, leaf_kind, tables))
                     rows += 1
-                elif what == _TABLE:
+                elif what == TABLE:
                     assert table_kind is not None
                     table = table_kind.address_of(entry)
                     if (table, depth + 1) in self._barren:
                         continue
                     at = None if table_at is None else table_at + index * shape.level.entry_size
                     self._watch_loop(stack, shape.level, (index, 1, entry, what), table, start, at)
-                    runs = self._table(shapes, stack, table, at, start)
+                    found = self._table(shapes, stack, table, at, start)
                     rights = granted & (entry ^ inverted | table_kind.grants)
                     if rights != granted and len(self.withheld) < PROBLEM_LIMIT:
                         self.withheld.append(Withheld(start, length, granted & ~rights, _path(stack, at)))
-                    stack.append(_Frame(depth + 1, table, iter(runs), start, rights, at, first <= start and start + length - 1 <= last, rows))
-                    visited += len(runs)
+                    inside = first <= start and start + length - 1 <= last
+                    only_pages = found if inside and isinstance(found, Pages) else None
+                    stack.append(_Frame(depth + 1, table, iter(() if only_pages else found), only_pages, start, rights, at, inside, rows))
+                    visited += len(found)
                     entered, reached = True, start
                     break
                 else:
@@ -460,7 +338,7 @@ class Enumeration:
                 return
         self.complete = True
 
-    def _table(self, shapes: Tuple[_Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> List[_Run]:
+    def _table(self, shapes: Tuple[Shape, ...], stack: List[_Frame], table: int, entry_address: Optional[int], start: int) -> Content:
         """The runs of a table, parsed once; what cannot be read of it is reported once, and taken as not present."""
         depth = len(stack)
         known = self._seen.get((table, depth))
@@ -487,13 +365,13 @@ class Enumeration:
             self._problem(Problem("unreadable", start + missing, (shape.level.entries << shape.level.shift) - missing,
                                   f"the table at {table:#x} cannot be read {what}({error.reason})", path=_path(stack, entry_address)))
             data = data.ljust(shape.size, b"\0")
-        runs = _runs(shape, self._tables, data, self._judges[depth])
-        self._seen[table, depth] = runs
-        self._kept += len(runs) + 1
+        found = contents(shape, self._tables, data, self._judges[depth])
+        self._seen[table, depth] = found
+        self._kept += len(found) + 1
         while self._kept > _CACHE_ITEMS and len(self._seen) > 1:
             _, dropped = self._seen.popitem(last=False)
             self._kept -= len(dropped) + 1
-        return runs
+        return found
 
     def _given_up(self, at: int, rows: int) -> Problem:
         words = f"given up at {at:#x} after {rows} runs of pages in {self.tables_read} tables"
@@ -507,7 +385,7 @@ class Enumeration:
         except MemoryUnavailable:
             return b""
 
-    def _watch_loop(self, stack: List[_Frame], level: Level, run: _Run, table: int, start: int, entry_address: Optional[int]) -> None:
+    def _watch_loop(self, stack: List[_Frame], level: Level, run: Run, table: int, start: int, entry_address: Optional[int]) -> None:
         for item in stack:
             if item.table == table and table not in self._loops and len(self._loops) < PROBLEM_LIMIT:
                 self._loops.add(table)
@@ -515,14 +393,14 @@ class Enumeration:
                 text = f"level {level.number} {level.name} {entry:#x} references table {table:#x}, through which it was reached"
                 self._problem(Problem("loop", start, level.page_size, text, level.number, entry, _path(stack, entry_address)))
 
-    def _broken(self, stack: List[_Frame], level: Level, run: _Run, start: int) -> None:
+    def _broken(self, stack: List[_Frame], level: Level, run: Run, start: int) -> None:
         """Report entries that break rules, once for a table, however many paths lead to it."""
         frame, (index, entries, entry, what) = stack[-1], run
         key = frame.table, frame.depth, index
         if key in self._reported or len(self._reported) >= 2 * PROBLEM_LIMIT:
             return
         self._reported.add(key)
-        rules = self._judges[frame.depth].rules[what - _BROKEN]
+        rules = self._judges[frame.depth].rules[what - BROKEN]
         entry = self._as_stored(frame, level, index, entry)
         at = None if self._structure.registers is not None and not frame.depth else frame.table + index * level.entry_size
         where = f"level {level.number} {level.name}" + (f" at {at:#x}" if at is not None else "")
