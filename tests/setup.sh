@@ -10,6 +10,7 @@ need g++ g++
 need gcc gcc
 need objcopy binutils
 need gdb gdb
+need /usr/sbin/bpftool bpftool
 need busybox busybox-static
 need as binutils
 need qemu-system-x86_64 qemu-system-x86

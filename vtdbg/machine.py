@@ -46,6 +46,18 @@ class Machine:
         from those of a guest, as a dump cannot."""
         return {}
 
+    def current(self, kind: str) -> Optional[int]:
+        """The address of the control block ("vmcs" or "vmcb") that the selected processor has current by its hypervisor's own objects."""
+        return None
+
+    def kind_of(self, address: int) -> str:
+        """"vmcs" or "vmcb" where the hypervisor's own objects say which the control block at `address` is, else ""."""
+        return ""
+
+    def owner(self, address: int) -> str:
+        """Whose control block it is at `address`, by the hypervisor's own objects."""
+        return ""
+
     def consider(self, kind: str, address: int) -> None:
         """A control block (`kind` as a scan classifies it) that was found or named: a live target compares its processor with it."""
         return

@@ -119,6 +119,36 @@ class InProcessPort(GdbPort):
             made = error_of(str(error), self._where())
             raise (made if isinstance(made, TargetGone) else UsageError(f"{expression}: {made}")) from error
 
+    def select(self, number: int) -> None:
+        for thread in gdb.selected_inferior().threads():
+            if thread.num == number:
+                # Not GDB's command `thread`: that says so in the middle of a report.
+                thread.switch()
+                return
+        raise TargetError(f"GDB has no thread {number}")
+
+    @contextmanager
+    def viewed_from(self, number: int) -> Iterator[None]:
+        if number == self.selected():
+            yield
+            return
+        level = self._level()
+        try:
+            with super().viewed_from(number):
+                yield
+        finally:
+            # A thread that is selected again is at its innermost frame.
+            if level:
+                self.execute(f"frame {level}")
+
+    @staticmethod
+    def _level() -> int:
+        """The number of the selected frame; 0 where there is none."""
+        try:
+            return int(gdb.selected_frame().level())
+        except gdb.error:
+            return 0
+
     def selected(self) -> Optional[int]:
         thread = gdb.selected_thread()
         return int(thread.num) if thread is not None else None

@@ -28,7 +28,7 @@ class GdbSession(Session):
         self.said: Optional[str] = None
 
     @property
-    def machine(self) -> LiveMachine:
+    def _outermost(self) -> LiveMachine:
         self.port.require_stopped()
         connection = self.port.connection()
         now = (getattr(connection, "num", None), self.port.endpoint(), self.fast)

@@ -52,7 +52,7 @@ asm(".pushsection .rodata\n.balign 16\n"
     "  mov $0xc0000080,%ecx; rdmsr; or $0x1000,%eax; wrmsr\n" /* EFER.SVME */
     "  mov $0xc0010117,%ecx; mov $0x21000,%eax; xor %edx,%edx; wrmsr\n" /* VM_HSAVE_PA */
     "  out %al,$0x10\n"
-    "1: mov $0x20000,%eax; vmrun; jmp 1b\n"
+    "1: mov 0x20000,%rax; mov $0x20000,%eax; vmrun; jmp 1b\n" /* read, so that it is in the nested tables */
     ".balign 256\n"
     "l2: .globl l2\n"
     "  xor %r15,%r15\n"
@@ -82,7 +82,7 @@ static void tables(void) {
 /* A VMCB for the guest's own guest (APM vol. 2, appendix VMCB Layout): the same tables, RIP at l2. */
 static void vmcb12(void) {
   u64 v = VMCB12, s = v + 0x400;
-  q(v + 0x10, 1ULL << 32); /* intercept VMRUN */
+  q(v + 0x10, 1);          /* intercept VMRUN */
   q(v + 0x58, 1);          /* ASID */
   segment12(s + 0x00, 16, 0xc93, ~0u, 0);
   segment12(s + 0x10, 8, 0xa9b, ~0u, 0);

@@ -165,7 +165,9 @@ def _from_memory(
     memory = session.machine.memory
     report.header, report.notes = session.header(), list(session.machine.warnings)
     report.python = [*session.python_open(), "from vtdbg.vmx.exits import explain_vmcs"]
-    if not vmcb and not svm and (address is not None or found_blocks(session, "vmcs")):
+    vmcb = vmcb or (address is not None and session.machine.kind_of(address) == "vmcb")
+    intel = address is not None or (session.machine.current("vmcb") is None and (session.machine.current("vmcs") or found_blocks(session, "vmcs")))
+    if not vmcb and not svm and intel:
         report.notes.append(STALE_VMCS)
         for item in chosen_vmcs(session, address):
             seen = None if item.nested else memory

@@ -79,6 +79,8 @@ MODULES: Mapping[str, Tuple[str, ...]] = {
     "msr": ("decode", "live"),
     "cpuid": ("live",),
     "sgdt": ("live",),
+    "where": ("where",),
+    "kvm": ("kvm",),
     "windbg": ("windbg",),
 }
 
@@ -104,6 +106,8 @@ GROUPS: Mapping[str, str] = {
     "msr": "MSRs by name or index; of a live processor by an injected RDMSR",
     "cpuid": "CPUID of a live processor, by an injected instruction",
     "sgdt": "descriptor-table registers of a live processor, by injected instructions",
+    "where": "processors of a live target: host or guest, and whose",
+    "kvm": "KVM's VMs and vCPUs by the kernel's own symbols",
     "windbg": "set up the commands in WinDbg",
 }
 
@@ -170,6 +174,8 @@ COMMON_OPTIONS: Tuple[Opt, ...] = (
         metavar="ADDRESS"),
     Opt("--scan", "text", "what a search for control blocks reads: a part of the memory (A-B, A+SIZE), or all of it however slow the connection",
         metavar="RANGE|all"),
+    Opt("--symbols", "path", "gdb:HOST:PORT: a file of symbols for that gdb, such as `kvm symbols` makes (again: more)", many=True, metavar="FILE"),
+    Opt("--thread", "int", "gdb:HOST:PORT: look from this processor (`where` lists them)"),
     Opt("--no-fast", "flag", "live target: read its RAM through the stub only"),
     Opt("--json", "flag", "print JSON"),
     Opt("--python", "flag", "print the Python that does the same"),

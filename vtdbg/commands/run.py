@@ -40,7 +40,7 @@ def run_words(words: Sequence[str], session: Session, render: Render) -> Outcome
         options = registry.parse(found, rest, session.convert, session.program)
         session.configure(options)
         common = {option.dest for option in registry.COMMON_OPTIONS} | {"help"}
-        report = found.run(session, **{name: value for name, value in options.items() if name not in common})
+        report = found.run(session, **{name: session.resolved(value) for name, value in options.items() if name not in common})
     except VtdbgError as error:
         return Outcome("", BAD_INPUT, f"{session.program}: {error}".replace("\n", " "))
     if options.get("python"):

@@ -29,6 +29,8 @@ class VmcsAt(NamedTuple):
     vmcs: Vmcs
     found: Optional[Found] = None
     text: "Optional[TextDump]" = None
+    owner: str = ""
+    """Whose it is by KVM's own objects, where the debugger has their symbols."""
     inside: bool = False
     """The memory is that of a guest (--inside): a software layout there is of the guest's own VMCS."""
 
@@ -42,7 +44,8 @@ class VmcsAt(NamedTuple):
     @property
     def title(self) -> str:
         where = f"VMCS at {self.address:#x}" if self.address is not None else f"VMCS from {self.vmcs.origin}"
-        return where + (f" ({self.found.title})" if self.found and self.found.title else "")
+        whose = self.owner or (self.found.title if self.found else "")
+        return where + (f" ({whose})" if whose else "")
 
 
 class VmcbAt(NamedTuple):
@@ -52,10 +55,12 @@ class VmcbAt(NamedTuple):
     vmcb: Vmcb
     found: Optional[Found] = None
     text: "Optional[TextDump]" = None
+    owner: str = ""
 
     @property
     def title(self) -> str:
-        return f"VMCB at {self.address:#x}" if self.address is not None else f"VMCB from {self.vmcb.origin}"
+        where = f"VMCB at {self.address:#x}" if self.address is not None else f"VMCB from {self.vmcb.origin}"
+        return where + (f" ({self.owner})" if self.owner else "")
 
 
 def read_text(path: str) -> str:
@@ -96,7 +101,7 @@ def vmcs_at(session: Session, address: int) -> VmcsAt:
     page = aligned_page(session, address, "VMCS")
     vmcs = Vmcs.from_page(page, session.layout, f"page {address:#x}")
     session.machine.consider("vmcs", address)
-    return VmcsAt(address, vmcs, inside=session.machine.guest)
+    return VmcsAt(address, vmcs, owner=session.machine.owner(address), inside=session.machine.guest)
 
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
@@ -111,11 +116,15 @@ def found_blocks(session: Session, kind: str) -> List[Found]:
 
 
 def chosen_vmcs(session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None) -> List[VmcsAt]:
-    """The VMCS that the user named, or every real one that a scan finds (pages that hold only a revision id are left out)."""
+    """The VMCS that the user named, or the selected processor's current one where KVM's objects tell, or every real one that a scan finds
+    (pages that hold only a revision id are left out)."""
     if text is not None:
         return [VmcsAt(None, dump.vmcs(), text=dump) for dump in text_dumps(text, "vmcs", index)]
     if address is not None:
         return [vmcs_at(session, address)]
+    current = session.machine.current("vmcs")
+    if current is not None:
+        return [vmcs_at(session, current)]
     inside = session.machine.guest
     chosen = [VmcsAt(found.address, found.vmcs, found, inside=inside) for found in found_blocks(session, "vmcs") if found.vmcs is not None]
     if not chosen:
@@ -137,13 +146,15 @@ def host_vmcs(session: Session, address: Optional[int] = None) -> List[VmcsAt]:
 def chosen_vmcb(
     session: Session, address: Optional[int] = None, text: Optional[str] = None, index: Optional[int] = None, layout: str = "vmcb"
 ) -> List[VmcbAt]:
-    """The VMCB that the user named, or every one that a scan finds."""
+    """The VMCB that the user named, or the selected processor's current one where KVM's objects tell, or every one that a scan finds."""
     if text is not None:
         return [VmcbAt(None, dump.vmcb(), text=dump) for dump in text_dumps(text, "vmcb", index)]
+    if address is None:
+        address = session.machine.current("vmcb")
     if address is not None:
         page = aligned_page(session, address, "VMCB")
         session.machine.consider("vmcb", address)
-        return [VmcbAt(address, Vmcb.from_page(page, layout))]
+        return [VmcbAt(address, Vmcb.from_page(page, layout), owner=session.machine.owner(address))]
     chosen = [
         VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)
         for found in found_blocks(session, "vmcb")
@@ -167,4 +178,6 @@ def chosen_blocks(session: Session, vmcs: Optional[int], vmcb: Optional[int]) ->
 
 
 def _any(session: Session, kind: str) -> bool:
+    if any(session.machine.current(name) is not None for name in ("vmcs", "vmcb")):
+        return session.machine.current(kind) is not None
     return any(found.vmcs is not None or found.classification == "vmcb" for found in found_blocks(session, kind))

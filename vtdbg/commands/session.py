@@ -37,6 +37,9 @@ class Session:
     """What searches read: empty for all, unless that takes long; "all"; or a part of the memory ("0x0-0x10000000")."""
     host_paging: Optional[str] = None
     """The host's paging mode at VMRUN, which is the format of its nested page tables, where the user says it."""
+    symbols: Tuple[str, ...] = ()
+    thread: Optional[int] = None
+    """Of a gdb of our own: files of symbols for it, and the processor that is looked from."""
     fast: bool = True
     """A live target's RAM is read directly where that is possible."""
     progress: Optional[Callable[[str], None]] = None
@@ -69,7 +72,7 @@ class Session:
             if self.source.startswith("gdb:"):
                 from vtdbg.targets import connect
 
-                self._machine = connect(self.source, self.fast)
+                self._machine = connect(self.source, self.fast, self.symbols, self.thread)
             elif self.source.startswith("sample:"):
                 from vtdbg.samples import open_sample
 
@@ -101,22 +104,47 @@ class Session:
             self._cache.clear()
         self.source, self.format = source, form
         self.fast = not options.get("no_fast")
+        self._look_from(tuple(options.get("symbols") or ()), options.get("thread"))
         self.scan = options.get("scan") or ""
         self.host_paging = options.get("host_paging") or self.host_paging
-        self.inside = tuple(options.get("inside") or ())
+        self.inside = ()
+        self.inside = tuple(self.resolved(item) for item in options.get("inside") or ())
         self.layout_name = options.get("layout") or self.layout_name
         self.caps_name = options.get("caps") or self.caps_name
+
+    def _look_from(self, symbols: Tuple[str, ...], thread: Optional[int]) -> None:
+        if (symbols or thread is not None) and not (self.source or "").startswith("gdb:"):
+            raise UsageError("--symbols and --thread are for a gdb of our own (-s gdb:HOST:PORT); in GDB: `add-symbol-file FILE`, `thread N`")
+        self.symbols, self.thread = symbols or self.symbols, thread if thread is not None else self.thread
+        prepare = getattr(self._machine, "look_from", None)
+        if prepare is not None and (symbols or thread is not None):
+            prepare(symbols, thread)
 
     def convert(self, kind: str, text: str) -> Any:
         """An argument's text as its kind: addresses and numbers through `evaluate` where they are expressions."""
         if kind not in ("address", "int"):
             return text
+        if kind == "address" and text[:4].lower() in ("vcpu", "cpu:"):
+            from vtdbg.commands.selector import Selector, is_selector
+
+            if is_selector(text):
+                return Selector(text)
         try:
             return parse_number(text)
         except UsageError:
             if self.evaluate is None:
                 raise
             return self.evaluate(text)
+
+    def resolved(self, value: Any) -> Any:
+        """An argument whose text was a selector, now that the target is known; anything else as it is."""
+        if isinstance(value, list):
+            return [self.resolved(item) for item in value]
+        if type(value).__name__ != "Selector":
+            return value
+        from vtdbg.commands.selector import address_of
+
+        return address_of(self.machine, value)
 
     @property
     def layout(self) -> "Optional[Layout]":

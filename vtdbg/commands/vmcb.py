@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Iterator, List, Optional
 
 from vtdbg.commands.field_links import Link, no_link, vmcb_links
+from vtdbg.commands.owners import owner_columns
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.scanning import scanned_blocks
@@ -26,16 +27,19 @@ INDEX = Opt("--index", "int", "which dump of the text, from 0")
 def list_(session: Session) -> Report:
     """A VMCB has no signature: pages are taken for one by what a VMRUN would have to accept.  0 is a legal address."""
     report = Report("vmcb list", header=session.header(), notes=list(session.machine.warnings))
-    table = Table(
-        "vmcb", (("address", "address"), ("kind", "kind"), ("score", "score"), ("summary", "evidence")), empty="no VMCB found", wrap="summary"
-    )
     found, partial = scanned_blocks(session, ("vmcb",))
+    owners = owner_columns(session)
+    table = Table(
+        "vmcb", (("address", "address"), ("kind", "kind"), *owners.heads, ("score", "score"), ("summary", "evidence")), empty="no VMCB found",
+        wrap="summary",
+    )
     if partial:
         report.notes.append(partial)
     for item in found:
         table.add(
             hexa(item.address, link=f"vmcb dump {item.address:#x}"),
             text(item.classification, "good" if item.classification == "vmcb" else "dim"),
+            *owners.cells(item.address),
             str(item.score),
             item.summary,
         )

@@ -94,7 +94,11 @@ class Kernel:
         if at + size > PAGE_SIZE:
             return self.root.memory.read(address, size)
         if page not in self._pages:
-            self._pages[page] = self.root.memory.read(page * PAGE_SIZE, PAGE_SIZE)
+            try:
+                self._pages[page] = self.root.memory.read(page * PAGE_SIZE, PAGE_SIZE)
+            except MemoryUnavailable:
+                # For the address that was asked for, not the page's.
+                return self.root.memory.read(address, size)
         return self._pages[page][at:at + size]
 
     def u64(self, address: int) -> int:

@@ -87,6 +87,8 @@ class CpuState:
     kind: str = ""
     evidence: str = ""
     vcpu: Optional[Vcpu] = None
+    running: bool = False
+    """The vCPU is loaded now (kvm_running_vcpu); False where it only was the last one."""
     save_area: Optional[int] = None
 
 
@@ -256,14 +258,14 @@ def _svm_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcp
     if vcpu is not None and current is not None:
         # Not svm_data.current_vmcb: that is what was loaded last, and stays when a vCPU goes over to vmcb02.
         return CpuState(number, offset, current.address, "vmcb", f"kvm_running_vcpu of CPU {number}: {vcpu.title}, {current.name}",
-                        vcpu, save_area)
+                        vcpu, running=True, save_area=save_area)
     pointer = kernel.pointer(data, "svm_cpu_data", "current_vmcb") if data and kernel.symbols.has("svm_cpu_data", "current_vmcb") else 0
     address = kernel.physical(pointer) if pointer else None
     if address is None:
         return CpuState(number, offset, save_area=save_area)
     owner, name = _owner(address, vcpus)
     whose = f": {owner.title}, {name}" if owner is not None else ""
-    return CpuState(number, offset, address, "vmcb", f"svm_data.current_vmcb of CPU {number}, loaded last{whose}", owner, save_area)
+    return CpuState(number, offset, address, "vmcb", f"svm_data.current_vmcb of CPU {number}, loaded last{whose}", owner, save_area=save_area)
 
 
 def _vmx_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcpus: Dict[int, Vcpu]) -> CpuState:
@@ -273,7 +275,7 @@ def _vmx_cpu(kernel: Kernel, number: int, offset: int, vcpu: Optional[Vcpu], vcp
         return CpuState(number, offset, vcpu=vcpu)
     owner, name = _owner(address, vcpus)
     whose = f": {owner.title}, {name}" if owner is not None else ""
-    return CpuState(number, offset, address, "vmcs", f"current_vmcs of CPU {number}{whose}", owner or vcpu)
+    return CpuState(number, offset, address, "vmcs", f"current_vmcs of CPU {number}{whose}", owner or vcpu, running=vcpu is not None)
 
 
 def _owner(address: int, vcpus: Dict[int, Vcpu]) -> Tuple[Optional[Vcpu], str]:

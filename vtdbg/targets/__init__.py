@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional, Sequence
 
 if TYPE_CHECKING:
     from vtdbg.targets.live import LiveMachine
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 __all__ = ["connect"]
 
 
-def connect(source: str, fast: bool = True) -> "LiveMachine":
+def connect(source: str, fast: bool = True, symbols: "Sequence[str]" = (), thread: "Optional[int]" = None) -> "LiveMachine":
     """The live machine of "gdb:HOST:PORT"; see `live.connect`."""
     from vtdbg.targets import live
 
-    return live.connect(source, fast)
+    return live.connect(source, fast, symbols, thread)

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
+from vtdbg.linux.kvm import KvmState
 from vtdbg.machine import Cpu, Machine
 from vtdbg.memory.base import CachedMemory, PhysicalMemory, Range
 from vtdbg.targets import stub as stubs
 from vtdbg.targets.fast import FastMemory, NoFastPath, fast_memory
 from vtdbg.targets.physical import PAGES_IN_CACHE, NoMemory, PhysicalMode, PortMemory, StubMemory
 from vtdbg.targets.port import Port, TargetError, TargetGone, Unsupported
-from vtdbg.targets.processors import Current, Processors
+from vtdbg.targets.processors import Processors
 from vtdbg.targets.where import Block, Where, of_host_save_area, of_vmcb, of_vmcs
 
 SCANNED = 16 << 20
@@ -157,10 +158,25 @@ class LiveMachine(Machine):
         self.warnings = [*self._left, *self.where.notes, *([seen.conflict] if seen.conflict else []), *self.processors.notes]
         self.stale = False
 
-    def current(self, kind: str) -> Optional[Current]:
+    def current(self, kind: str) -> Optional[int]:
         self.refresh()
         found = self.processors.selected().current
-        return found if found is not None and found.kind == kind else None
+        return found.address if found is not None and found.kind == kind else None
+
+    def kvm(self) -> Optional[KvmState]:
+        """KVM's objects, where the debugger has symbols of them."""
+        with self.reading():
+            return self.processors.kvm()
+
+    def kind_of(self, address: int) -> str:
+        state = self.kvm()
+        found = state.by_address.get(address) if state is not None else None
+        return found[1].kind if found is not None else ""
+
+    def owner(self, address: int) -> str:
+        state = self.kvm()
+        found = state.by_address.get(address) if state is not None else None
+        return f"{found[0].title}, {found[1].name}" if found is not None else ""
 
     @property
     def readable(self) -> bool:
@@ -223,6 +239,18 @@ class LiveMachine(Machine):
                 continue
         return blocks
 
+    def look_from(self, symbols: Sequence[str], thread: Optional[int]) -> None:
+        """Has the debugger load files of symbols, and select a processor."""
+        for path in symbols:
+            self.port.load_symbols(path)
+            self.stale = True
+        if thread is not None and thread != self.port.selected():
+            known = self.port.processors()
+            if thread not in known:
+                raise UsageError(f"there is no processor {thread}; there are {', '.join(str(number) for number in known)} (`where`)")
+            self.mode.virtual()
+            self.port.select(thread)
+
     def release(self) -> None:
         """Puts the stub's mode back and lets go of the target without resuming it."""
         memory = self.memory.memory if isinstance(self.memory, LiveMemory) else self.memory
@@ -233,8 +261,11 @@ class LiveMachine(Machine):
             self.port.close()
 
 
-def connect(source: str, fast: bool = True) -> LiveMachine:
-    """The live machine of "gdb:HOST:PORT", through a gdb of our own.  Raises UsageError and TargetError in one line."""
+def connect(source: str, fast: bool = True, symbols: Sequence[str] = (), thread: Optional[int] = None) -> LiveMachine:
+    """The live machine of "gdb:HOST:PORT", through a gdb of our own that has loaded the files `symbols` and looks from processor `thread`.
+
+    Raises UsageError and TargetError in one line.
+    """
     endpoint = source[len("gdb:"):]
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -244,6 +275,7 @@ def connect(source: str, fast: bool = True) -> LiveMachine:
     made = MiPort(endpoint)
     try:
         machine = LiveMachine(made, fast)
+        machine.look_from(symbols, thread)
         machine.refresh()
         return machine
     except BaseException:

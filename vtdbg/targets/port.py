@@ -94,6 +94,10 @@ class Port(ABC):
         """Where the stub listens, "HOST:PORT", or None."""
         return None
 
+    def load_symbols(self, path: str) -> None:
+        """Has the debugger load a file of symbols and types."""
+        raise Unsupported(f"{self.name} is not told to load symbols: load {path} by its own commands")
+
     def rdmsr(self, index: int) -> int:
         """A model-specific register of the selected processor, where the debugger itself reads them (DbgEng does)."""
         raise Unsupported(f"{self.name} does not read MSRs")

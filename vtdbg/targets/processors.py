@@ -11,7 +11,7 @@ from vtdbg.linux.kernel import Kernel, NoSymbol, Registers, Symbols, find_root
 from vtdbg.linux.kvm import CpuState, KvmState, is_linux, read_kvm
 from vtdbg.targets import stub as stubs
 from vtdbg.targets.port import Port
-from vtdbg.targets.where import Block, Where, agrees, decide, guest_of
+from vtdbg.targets.where import Block, Where, decide, guest_of
 
 if TYPE_CHECKING:
     from vtdbg.targets.live import LiveMachine
@@ -65,8 +65,9 @@ class Seen:
 class Processors:
     """Looked at when they are asked for, and kept until `forget`: the target ran, or symbols were loaded."""
 
-    def __init__(self, machine: "LiveMachine", port: Port) -> None:
-        self._machine, self._port = machine, port
+    def __init__(self, machine: "LiveMachine", port: Port, linux: bool = True) -> None:
+        """`linux`: the target may be one, whose symbols the debugger may have.  Where it is none, a look from another processor is slow."""
+        self._machine, self._port, self._linux = machine, port, linux
         self._registers: Dict[Optional[int], Registers] = {}
         self._seen: Dict[Optional[int], Seen] = {}
         self._state: Optional[KvmState] = None
@@ -94,6 +95,10 @@ class Processors:
         """Every processor; the debugger's selection is as before."""
         with self._machine.reading():
             return [replace(self._look(number), title=title) for number, title in self.numbers().items()]
+
+    def unasked(self) -> List[Seen]:
+        """The processors that a command looks at without being asked to."""
+        return self.all() if self._linux else [self.selected()]
 
     def registers(self, number: Optional[int]) -> Registers:
         """The live registers of a processor."""
@@ -140,9 +145,8 @@ class Processors:
     def _narrowed(self, number: Optional[int], live: Registers, found: Where) -> Where:
         """Guests with equal tables: not those that the other processors' host state and KVM's objects give to others."""
         blocks = self._machine.blocks()
-        others = [self.registers(other) for other in self.numbers() if other != number]
-        areas = [block for block in blocks if block.kind == "hsave"]
-        elsewhere = [area.address for area in areas if any(agrees(registers, area.host) for registers in others)]
+        others = {other: self.registers(other) for other in self.numbers() if other != number}
+        elsewhere = [area for area in (decide(registers, blocks).area for registers in others.values()) if area is not None]
         found = decide(live, blocks, elsewhere) if elsewhere else found
         state = self.kvm(live, found)
         if not found.candidates or state is None:
@@ -150,13 +154,19 @@ class Processors:
         return self._by_kvm(number, live, found, state, blocks, others)
 
     def _by_kvm(self, number: Optional[int], live: Registers, found: Where, state: KvmState, blocks: List[Block],
-                others: List[Registers]) -> Where:
-        elsewhere = [cpu.number for cpu in state.cpus if any(cpu.offset in _areas(registers) for registers in others)]
+                others: Dict[int, Registers]) -> Where:
+        # Which of Linux' processors the other threads are, where they are in the host.
+        known = {other: cpu.number for other, registers in others.items() for cpu in state.cpus if cpu.offset in _areas(registers)}
+        elsewhere = list(known.values())
         running = {cpu.block: cpu for cpu in state.cpus if cpu.number not in elsewhere and cpu.vcpu is not None and cpu.vcpu.in_guest is not False}
         possible = [block for block in found.candidates if block.address in running]
         by = ", which KVM runs"
         if len(possible) > 1 and number is not None:
-            named = stubs.number_in(self.numbers().get(number, ""))
+            names = {other: stubs.number_in(title) for other, title in self.numbers().items()}
+            if any(names[other] != cpu for other, cpu in known.items()):
+                # This stub does not count its processors as Linux does.
+                return found
+            named = names.get(number)
             possible = [block for block in possible if running[block.address].number == named]
             by = f", which KVM runs on CPU {named}, as the stub names the thread"
         return guest_of(live, possible[0], blocks, by) if len(possible) == 1 else found
@@ -165,7 +175,7 @@ class Processors:
 
     def kvm(self, live: Optional[Registers] = None, where: Optional[Where] = None) -> Optional[KvmState]:
         """KVM's objects; None where the debugger has no symbols of them (`notes` says why, where it has some)."""
-        if self._asked is not None:
+        if self._asked is not None or not self._linux:
             return self._state
         symbols = self._asked = Symbols(self._port.evaluate)
         if not is_linux(symbols):
@@ -187,8 +197,8 @@ class Processors:
     def _hosts(self, live: Optional[Registers], where: Optional[Where]) -> Iterator[Tuple[Registers, str]]:
         """Registers that may be the host's, the likeliest first; `find_root` believes none of them."""
         if where is not None and where.host.get("cr3") is not None:
-            yield where.host, where.host_source
-        if live is not None and (where is None or where.mode != "guest"):
+            yield where.host, "the live registers" if where.host_source == "live" else where.host_source
+        if live is not None and (where is None or where.mode == "unknown"):
             yield live, "the live registers"
         for block in self._machine.blocks():
             if block.host.get("cr3") is not None:
@@ -201,6 +211,8 @@ class Processors:
         state = self.kvm(live, where)
         if state is None:
             return None, ""
+        if len(state.cpus) == len(self.numbers()) == 1:
+            return state.cpus[0], "being the only one"
         return _first(
             (lambda cpu: where.mode != "guest" and cpu.offset in _areas(live), "GS base"),
             (lambda cpu: where.area is not None and cpu.save_area == where.area, "host save area"),

@@ -95,6 +95,7 @@ def _space(session: Session) -> Tuple[Paging, Optional[Structure]]:
 def _block(session: Session) -> Union[Vmcs, Vmcb]:
     where = session.machine.where if isinstance(session.machine, LiveMachine) else None
     kind = where.block.kind if where is not None and where.block is not None else None
+    kind = kind or next((name for name in ("vmcs", "vmcb") if session.machine.current(name) is not None), None)
     if kind == "vmcs" or (kind is None and any(found.vmcs is not None for found in found_blocks(session, "vmcs"))):
         return _vmcs(session, None).vmcs
     return _vmcb(session, None).vmcb
@@ -115,7 +116,7 @@ def _vmcb(session: Session, address: Optional[int]) -> VmcbAt:
 def _current(session: Session, kind: str) -> Optional[int]:
     machine = session.machine
     block = machine.where.block if isinstance(machine, LiveMachine) else None
-    return block.address if block is not None and block.kind == kind else None
+    return block.address if block is not None and block.kind == kind else machine.current(kind)
 
 
 def _only(addresses: List[Optional[int]], what: str) -> None:

@@ -169,13 +169,15 @@ def _host(live: Registers, hosts: Sequence[Block], blocks: Sequence[Block]) -> W
 def _guest(live: Registers, guests: Sequence[Block], blocks: Sequence[Block], elsewhere: Sequence[int]) -> Where:
     by = ""
     if len(guests) > 1:
-        # Guests of one kernel have equal tables.  What ran last on some processor is what the host save areas say; TR is each virtual
-        # processor's own, and hardly ever changes.
+        # Guests of one kernel have equal tables.  What ran last on some processor is what the host save areas say.
         ran = {block.block for block in blocks if block.kind == "hsave" and block.address not in elsewhere}
         guests = [block for block in guests if block.address in ran] or guests
-        same = [block for block in guests if _same_task(live, block.guest)]
-        by = ", and so is TR" if same and len(same) < len(guests) else ""
-        guests = same or guests
+    if len(guests) > 1:
+        # TR is each virtual processor's own and hardly ever changes.  It counts only where no other control block has it: VMRUN does not load
+        # it, so that the guest of a guest runs with the TR that was loaded from another VMCB (KVM: that of vmcb01).
+        same = [block for block in blocks if block.guest and _same_task(live, block.guest)]
+        if len(same) == 1 and same[0] in guests:
+            guests, by = same, ", and so is TR"
     if len(guests) > 1:
         listed = ", ".join(f"{block.address:#x}" for block in guests[:8]) + (" ..." if len(guests) > 8 else "")
         return Where("guest", f"{_by(live)} {_those(live)} of the guests of several {guests[0].kind.upper()}s: {listed}",

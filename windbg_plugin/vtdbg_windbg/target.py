@@ -8,9 +8,9 @@ from vtdbg.machine import Cpu, Machine
 from vtdbg.numbers import size_text
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.physical import PhysicalMode
-from vtdbg.targets.processors import Current
+from vtdbg.targets.processors import Processors
 from vtdbg.targets.stub import Dialect
-from vtdbg.targets.where import Where, decide
+from vtdbg.targets.where import Where
 from vtdbg_windbg.port import NO_MSRS, DbgEngPort
 
 SESSION, FORMAT = "the debugger's session", "dbgeng"
@@ -48,17 +48,26 @@ class DbgEngMachine(LiveMachine):
         self.mode = PhysicalMode(port, self.dialect)
         self.where = Where("unknown", "not looked at yet")
         self.stale, self.places = True, []
+        self.processors = Processors(self, port, linux=False)
         Machine.__init__(self, port.memory, SESSION, FORMAT, live=True)
         _describe(self, port)
 
     def refresh(self) -> None:
         """Finds out whether the selected processor is in the host, by the control blocks that a command named or a scan found."""
         if self.stale:
-            self.where = decide(self.port.registers(), self._blocks_at(self.places))
+            self.processors.forget()
             self.stale = False
+        self.where = self.processors.selected().where
 
-    def current(self, kind: str) -> Optional[Current]:
+    def search(self) -> str:
+        """Nothing is searched unasked: the engine's reads are slow."""
+        return ""
+
+    def current(self, kind: str) -> Optional[int]:
         return None
+
+    def kvm(self) -> None:
+        """Windows is no Linux."""
 
     def release(self) -> None:
         """The session is the debugger's: nothing is let go of."""
