@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 from vtdbg.address_map import EXACT, PIECES, WORK_LIMIT, address_map
@@ -19,6 +20,7 @@ from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.hierarchy import Block as TreeBlock
 from vtdbg.hierarchy import Hierarchy, Hypervisor, Tables, Vm, hierarchy
 from vtdbg.machine import Machine
+from vtdbg.memory.base import PhysicalMemory
 from vtdbg.render.html import HtmlRenderer, escape, page
 from vtdbg.render.pictures import map_data, msr_data, msr_names
 from vtdbg.report import Block, Group, Lines, Report, Table, Value
@@ -40,6 +42,12 @@ SIBLINGS = 8
 EXACT_RANGES = 1 << 18
 """Ranges of all address spaces of a page together that are put on it one by one, so that a picture zooms down to each page."""
 FOLDED_ROWS = 16
+MOST_GIVEN_UP = 2
+SHORT_WORK = 1 << 14
+"""Work (see `vtdbg.enumeration`) for the tables of a VM once so many were given up: a dump full of hostile tables must not take an hour."""
+SAMPLE = 64
+"""Ranges by which two tables are judged to be views of one guest."""
+TOO_MUCH = Lines("too_much", [Value(None, "not listed: the tables were given up (see the picture)", "warn")])
 
 
 def run_verb(session: Session, name: str, **given: Any) -> Report:
@@ -87,7 +95,7 @@ class ReportPage:
         self.maps: List[Dict[str, Any]] = []
         self.msrs: List[Dict[str, Any]] = []
         self.total = self.shown = self.failing = 0
-        self._pieces, self._exact = PIECES, EXACT_RANGES
+        self._pieces, self._exact, self._given_up = PIECES, EXACT_RANGES, 0
         self._states: Dict[str, Tuple[str, str]] = {}
         self._sections: List[str] = []
         self._places: Dict[int, Tuple[Session, HtmlRenderer]] = {}
@@ -257,7 +265,9 @@ class ReportPage:
                 listed, words = listed_views(block.fields, f"the VMCS at {block.address:#x}", session)
                 further, notes = [*further, *listed], [*notes, *words]
         for other in [other for other in beside if other is not vm and other.tables is not None][:SIBLINGS]:
-            assert other.tables is not None
+            assert other.tables is not None and vm.tables is not None
+            if not _alike(session.machine.memory, vm.tables, other.tables):
+                continue
             users = [f"{block.kind.upper()} at {block.address:#x}" for block in other.blocks]
             further.append(Root(_structure(other.tables, session), other.tables.name, "", users))
         return further, notes
@@ -271,23 +281,26 @@ class ReportPage:
         title = f"Guest-physical address space through {tables.name}"
         if structure.root_problem:
             return f'<p class="bad">{escape(structure.root_problem)}</p>'
-        found = Enumeration(session.machine.memory, structure, limit=WORK_LIMIT)
+        found = Enumeration(session.machine.memory, structure, limit=WORK_LIMIT if self._given_up < MOST_GIVEN_UP else SHORT_WORK)
         kept: List[Range] = []
         picture = address_map(found, self._pieces, _kept(found, kept, self._exact + 1))
         exact = kept if picture.grain != EXACT and len(kept) <= self._exact else []
         self._exact -= len(exact)
-        views = [root for root in further if root.tables.root != structure.root]
+        whole = found.complete
+        self._given_up += not whole
+        views = [root for root in further if root.tables.root != structure.root] if whole else []
         own = Root(structure, tables.name, f"{pointer:#x}")
-        hooks = self._hooks(session, own, views)
+        hooks = self._hooks(session, own, views) if whole else []
         # What stands out in another table by itself is not in this picture.
         marks = [mark for item in hooks if own in (item.root, item.first) for mark in item.found if mark.signs != ("split",)]
         walk = f"{kind} walk {{}} --{option} {pointer:#x}" if numbers_named else ""
         self.maps.append(map_data(picture, title, walk, marks[:MARKED_HOOKS], exact))
-        ranges = html.blocks(_inside(self._said(lambda: run_verb(session, f"{kind} dump", limit=LISTED_RANGES, **{option: pointer}))), 4)
-        groups = [hooks_group(item, session, kind, mode=64, limit=SHOWN_HOOKS, no_code=False) for item in hooks]
+        rows = self._said(lambda: run_verb(session, f"{kind} dump", limit=LISTED_RANGES, **{option: pointer})) if whole else [TOO_MUCH]
+        ranges = html.blocks(_inside(rows), 4)
+        groups: List[Block] = [hooks_group(item, session, kind, mode=64, limit=SHOWN_HOOKS, no_code=False) for item in hooks] or [TOO_MUCH]
         count = len({(mark.start, mark.length) for item in hooks for mark in item.found})
         many = f" (the picture marks the first {MARKED_HOOKS})" if len(marks) > MARKED_HOOKS else ""
-        heading = f"Hooks: {f'{count} place' + 's' * (count != 1) if count else 'none'}{many}"
+        heading = f"Hooks: {f'{count} place' + 's' * (count != 1) if count else 'none' if whole else 'not looked for'}{many}"
         coarse = [] if exact else aggregation(picture)
         return (f'<figure data-map="{len(self.maps) - 1}"><figcaption>{escape(title)}</figcaption>'
                 "<noscript><p>The picture needs JavaScript; below it is in letters.</p></noscript></figure>"
@@ -347,6 +360,12 @@ class ReportPage:
         words = item.html.blocks(_inside(self._said(lambda: run_verb(item.session, "msrbitmap dump", **{item.kind: item.block.address}))), 5)
         return (f'<figure data-msr="{len(self.msrs) - 1}"><figcaption>{escape(title)}</figcaption></figure>'
                 f"<details><summary>MSRs whose accesses do not exit</summary>{words}</details>")
+
+
+def _alike(memory: PhysicalMemory, one: Tables, two: Tables) -> bool:
+    """Do the first pages of the second tables go where the first tables say?  To compare all of what strangers map would take its time."""
+    rows = list(islice(Enumeration(memory, two.structure, limit=SHORT_WORK), SAMPLE))
+    return 2 * sum(one.structure.walk(memory, row.start).hpa == row.target for row in rows) > len(rows)
 
 
 def _structure(tables: Tables, session: Session) -> Union[Ept, Npt]:
