@@ -232,7 +232,9 @@ def kvm_list(text: str) -> Dict[Tuple[int, int], Dict[str, int]]:
 def test_vms_and_vcpus(one: Smp, symbols: Path) -> None:
     """Processes, vCPU ids and VMCBs are what the VMMs printed and what RAX was at each VMRUN."""
     with with_symbols(one, symbols) as gdb:
-        found = kvm_list(gdb.execute("kvm list --json"))
+        text = gdb.execute("kvm list --json")
+        found = kvm_list(text)
+        assert "as of Linux 6.1 or newer" in text and one.files.kernel.name.startswith("vmlinuz-6.")
         vmcb, (a, b) = one.state["vmcb"], (one.truth("pid_a"), one.truth("pid_b"))
         assert set(found) == {(a, 0), (a, 1), (b, 0)}
         assert (found[a, 0], found[a, 1]) == ({"vmcb01 (current)": vmcb["a0"]}, {"vmcb01 (current)": vmcb["a1"]})
@@ -434,6 +436,22 @@ def test_vmcb12_in_the_guests_memory(nested: Smp, symbols: Path) -> None:
         assert f"{int.from_bytes(page[0x578:0x580], 'little'):#018x}" in text
 
 
+def test_exit_trace_of_two_processors(nested: Smp) -> None:
+    """Last of these, for the machine runs: the exits of each processor are those of the guests that are pinned to it, with its own VMCB."""
+    with plugged(nested.port, "set width 150", patience=120) as gdb:
+        gdb.execute("vt where")
+        text = gdb.execute(f"vt exit trace {nested.state['vmrun'] + 3:#x} --count 40 --json")
+        exits = json.loads(text[text.index("{"):])["exits"]
+        pages = {"a0": {1}, "a1": {2}, "l2": {2}}
+        seen = set()
+        for row in exits:
+            guest = [name for name in pages if int(row["rip"], 16) & ~0xFF == nested.truth(f"{name}_loop") & ~0xFF]
+            if guest:
+                assert row["processor"] in pages[guest[0]], row
+                seen.add(row["processor"])
+        assert len(exits) == 40 and seen == {1, 2}
+
+
 # --- what decides, without a machine ----------------------------------------------------------------------------------------------
 
 
@@ -551,7 +569,9 @@ def test_current_vmcs_of_kvm_intel(stub: VmxStub, linked: Callable[..., Tuple[Pa
         text = gdb.execute("vmcs get GUEST_CR3 VM_EXIT_REASON")
         assert f"current is the VMCS at {VMCS:#x}: current_vmcs of CPU 0: vCPU 0 of process 4711, vmcs01" in head(text)
         assert f"VMCS at {VMCS:#x} (vCPU 0 of process 4711, vmcs01)" in body(text) and f"{GUEST_PML4:#018x}" in text
-        found = kvm_list(gdb.execute("kvm list --json"))
+        text = gdb.execute("kvm list --json")
+        assert f"as of Linux {'3.0' if options else '5.17'} or newer" in text
+        found = kvm_list(text)
         assert found == {(4711, 0): {"vmcs01 (current)": VMCS}, (4712, 70): {"vmcs01": 0x31000, "vmcs02 (current)": 0x32000, "vmcs12": 0x33000}}
         row = rows(gdb.execute("vt where --json"))[1]
         assert (row["mode"], int(row["block"], 16), row["cpu"]) == ("host", VMCS, 0) and "GS base" in row["reason"]
@@ -573,5 +593,6 @@ def test_kvm_amd_before_vmcb01(stub: VmxStub, linked: Callable[..., Tuple[Path, 
         gdb.execute(f"add-symbol-file {elf}")
         text = gdb.execute("kvm list --json")
         assert kvm_list(text) == {(4711, 0): {"vmcb (current)": 0x30000}}
+        assert "older than" in text
         cpus = {row["cpu"]: row for row in json.loads(text[text.index("{"):])["cpus"]}
         assert cpus[0]["current"] is None and int(cpus[1]["current"], 16) == 0x30000 and "svm_data.current_vmcb of CPU 1" in cpus[1]["evidence"]

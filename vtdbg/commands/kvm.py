@@ -28,6 +28,7 @@ def list_(session: Session) -> Report:
     report.add(_processors(state))
     facts = Pairs("kernel")
     facts.add("vendor", "module", {"svm": "kvm-amd", "vmx": "kvm-intel"}[state.vendor])
+    facts.add("since", "types", f"as of Linux {state.since} or newer" if state.since else "older than Linux 3.0")
     facts.add("tables", "read through", f"page tables of {state.root}")
     report.add(facts)
     report.python = [*session.python_open(), "state = machine.kvm()", "for vcpu in state.vcpus:", "    print(vcpu.title, vcpu.cpu, vcpu.blocks)"]

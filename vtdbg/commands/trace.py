@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Dict, Mapping, Optional
 
 from vtdbg.commands.live import live_machine
@@ -41,7 +42,7 @@ def exit_trace(session: Session, handler: int, count: int, vmcs: Optional[int], 
         session.forget()
         machine.refresh()
         try:
-            return _exit(session, machine, vmcs, vmcb)
+            return replace(_exit(session, machine, vmcs, vmcb), processor=machine.port.selected())
         finally:
             # GDB reads memory of its own while it resumes.
             machine.mode.virtual()
@@ -55,9 +56,12 @@ def exit_trace(session: Session, handler: int, count: int, vmcs: Optional[int], 
     if found.ended:
         report.notes.append(f"after {len(found.exits)} of {count} exits: {found.ended}")
         report.status = FINDINGS
-    table = Table("exits", (("number", "#"), ("code", "exit"), ("name", "name"), ("rip", "guest RIP"), ("summary", "what")), empty="no exit")
+    several = len({item.processor for item in found.exits}) > 1
+    table = Table("exits", (("number", "#"), *((("processor", "processor"),) * several), ("code", "exit"),
+                            ("name", "name"), ("rip", "guest RIP"), ("summary", "what")), empty="no exit")
     for number, item in enumerate(found.exits, 1):
-        table.add(str(number), Value(item.code, f"{item.code:#x}"), item.name, hexa(item.rip), item.summary)
+        whose = [Value(item.processor, "" if item.processor is None else str(item.processor))] * several
+        table.add(str(number), *whose, Value(item.code, f"{item.code:#x}"), item.name, hexa(item.rip), item.summary)
     report.add(table)
     for key, title, rows in (("reasons", "By reason", found.by_reason()), ("accesses", "By MSR or port", found.by_access())):
         if rows:
@@ -78,6 +82,8 @@ def _exit(session: Session, machine: LiveMachine, vmcs: Optional[int], vmcb: Opt
     block = machine.where.block
     if vmcs is None and vmcb is None and block is not None:
         vmcs, vmcb = (block.address, None) if block.kind == "vmcs" else (None, block.address)
+    elif vmcs is None and vmcb is None:
+        vmcs = machine.current("vmcs")
     live = machine.registers()
     if vmcs is not None:
         return _vmx(session, vmcs, live)

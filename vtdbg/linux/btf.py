@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Set, Tuple
 
 from vtdbg.errors import FormatError
 
@@ -162,18 +162,22 @@ class Btf:
             return None
         at = 0
         for part in member.split("."):
-            found = self._member(number, part)
+            found = self._member(number, part, set())
             if found is None:
                 return None
             at, number = at + found[0], found[1]
         return at
 
-    def _member(self, number: int, name: str, depth: int = 0) -> Optional[Tuple[int, int]]:
-        for item in self.resolved(number).members:
+    def _member(self, number: int, name: str, seen: Set[int]) -> Optional[Tuple[int, int]]:
+        found = self.resolved(number)
+        if found.number in seen or len(seen) > _LONGEST:
+            return None
+        seen.add(found.number)
+        for item in found.members:
             if item.name == name:
                 return item.bit // 8, item.type
-            if not item.name and depth < _LONGEST:
-                inner = self._member(item.type, name, depth + 1)
+            if not item.name:
+                inner = self._member(item.type, name, seen)
                 if inner is not None:
                     return item.bit // 8 + inner[0], inner[1]
         return None

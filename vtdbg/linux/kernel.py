@@ -23,6 +23,8 @@ _KERNEL_TEXT = 0xFFFFFFFF80000000
 _ALIGNED, _PLACES = 2 << 20, 4096
 """The image is aligned to 2 MiB (CONFIG_PHYSICAL_ALIGN); how many places are tried where no CR3 of the host is known."""
 LONGEST_LIST = 4096
+MOST_NODES = 256
+"""Nodes of an XArray; 4096 vCPUs, numbered one after the other, need 66."""
 
 
 class NoSymbol(UsageError):
@@ -168,21 +170,19 @@ class Kernel:
     def array(self, xarray: int) -> Iterator[Tuple[int, int]]:
         """(index, pointer) of an XArray that holds pointers (Linux, Documentation/core-api/xarray.rst; include/linux/xarray.h, 6.1)."""
         entry = self.pointer(xarray, "xarray", "xa_head")
-        waiting = [(0, entry, 64)]
-        seen = 0
+        waiting, nodes = [(0, entry, 64)], 0
         while waiting:
             index, entry, above = waiting.pop()
-            seen += 1
-            if not entry or seen > 16 * LONGEST_LIST:
+            if not entry:
                 continue
             if entry & 3 != 2 or entry <= 4096:
                 # Internal entries end in 10b; those up to 4096 are no nodes but marks (retry, zero, sibling).
                 if not entry & 3:
                     yield index, entry
                 continue
-            node = entry - 2
+            node, nodes = entry - 2, nodes + 1
             shift = self.read(node + self.symbols.offset("xa_node", "shift"), 1)[0]
-            if shift >= above:
+            if shift >= above or nodes > MOST_NODES:
                 raise UsageError(f"the XArray at {xarray:#x} is no tree")
             slots = node + self.symbols.offset("xa_node", "slots")
             count = (self.symbols.size("((struct xa_node *)0)->slots") or 512) // 8

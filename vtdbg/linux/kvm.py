@@ -13,6 +13,7 @@ from vtdbg.linux.kernel import Kernel, NoSymbol, Symbols
 
 LONGEST = 4096
 """VMs, and vCPUs of one (KVM_MAX_VCPUS is 4096 at most)."""
+MOST_NOTES = 8
 _NO_CPU = -1
 
 
@@ -27,16 +28,23 @@ class Variant(NamedTuple):
 
 # Linux, by `git log` of arch/x86/kvm and virt/kvm.
 VARIANTS = (
-    Variant("a VM's vCPUs are an XArray, before that an array of pointers", ("kvm", "vcpu_array"), "5.17",
-            "KVM: Convert the kvm->vcpus array to a xarray"),
-    Variant("which vCPU a processor has loaded", ("kvm_running_vcpu",), "5.7", "KVM: Move running VCPU from ARM to common code"),
-    Variant("SVM: vmcb01 and nested.vmcb02, before that one VMCB (vmcb, vmcb_pa)", ("vcpu_svm", "vmcb01"), "5.13",
-            "KVM: SVM: Use a separate vmcb for the nested L2 guest"),
     Variant("SVM: svm_data is a structure, before that a pointer to one", ("svm_cpu_data", "save_area_pa"), "6.1",
             "KVM: SVM: do not allocate struct svm_cpu_data dynamically"),
+    Variant("a VM's vCPUs are an XArray, before that an array of pointers", ("kvm", "vcpu_array"), "5.17",
+            "KVM: Convert the kvm->vcpus array to a xarray"),
+    Variant("SVM: vmcb01 and nested.vmcb02, before that one VMCB (vmcb, vmcb_pa)", ("vcpu_svm", "vmcb01"), "5.13",
+            "KVM: SVM: Use a separate vmcb for the nested L2 guest"),
+    Variant("kvm_running_vcpu: which vCPU a processor has loaded", ("kvm_running_vcpu",), "5.7", "KVM: Move running VCPU from ARM to common code"),
     Variant("VMX: vmcs01 and nested.vmcs02, each with its state", ("vcpu_vmx", "vmcs01"), "3.0",
-            "KVM: VMX: Keep list of loaded VMCSs, instead of vcpus; nVMX: Allocate VMCS for L2"),
+            "KVM: VMX: Keep list of loaded VMCSs, instead of vcpus; KVM: nVMX: Allocate VMCS for L2"),
 )
+"""The newest first."""
+
+
+def at_least(symbols: Symbols) -> str:
+    """The oldest release whose KVM has the types of this one, by VARIANTS; empty where it is older than all of them."""
+    found = (row.since for row in VARIANTS if (symbols.has(*row.has) if len(row.has) > 1 else symbols.get(f"&{row.has[0]}") is not None))
+    return next(found, "")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class KvmState:
     vms: Tuple[Tuple[int, Optional[int]], ...]
     root: str
     notes: Tuple[str, ...] = ()
+    since: str = ""
+    """The release that the types are of, or older than they are."""
     by_address: Dict[int, Tuple[Vcpu, KvmBlock]] = field(default_factory=dict)
 
     def find(self, vcpu: int, pid: Optional[int] = None) -> Vcpu:
@@ -127,11 +137,14 @@ def read_kvm(kernel: Kernel) -> KvmState:
             pid = kernel.number(vm, "kvm", "userspace_pid") if kernel.symbols.has("kvm", "userspace_pid") else None
             vms.append((vm, pid))
             vcpus += _vcpus(kernel, vendor, vm, pid, notes)
+            if len(vcpus) > LONGEST or len(notes) > MOST_NOTES:
+                notes.append(f"the rest is not read: {len(vms)} VMs, {len(vcpus)} vCPUs so far")
+                break
     except (MemoryUnavailable, UsageError) as error:
         notes.append(f"vm_list: {error}")
     cpus = tuple(_processors(kernel, vendor, {item.pointer: item for item in vcpus}, notes))
     by_address = {block.address: (item, block) for item in vcpus for block in item.blocks if block.address is not None}
-    return KvmState(vendor, tuple(vcpus), cpus, tuple(vms), kernel.root.source, tuple(notes), by_address)
+    return KvmState(vendor, tuple(vcpus), cpus, tuple(vms), kernel.root.source, tuple(notes), at_least(kernel.symbols), by_address)
 
 
 def _vendor(kernel: Kernel) -> str:
@@ -245,7 +258,8 @@ def _processors(kernel: Kernel, vendor: str, vcpus: Dict[int, Vcpu], notes: List
             vcpu = vcpus.get(running)
             yield (_svm_cpu if vendor == "svm" else _vmx_cpu)(kernel, number, offset, vcpu, vcpus)
         except (MemoryUnavailable, UsageError) as error:
-            notes.append(f"CPU {number}: {error}")
+            if len(notes) <= 2 * MOST_NOTES:
+                notes.append(f"CPU {number}: {error}")
             yield CpuState(number, offset)
 
 

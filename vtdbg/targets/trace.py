@@ -27,6 +27,8 @@ class Exit:
     rip: Optional[int]
     summary: str
     what: str = ""
+    processor: Optional[int] = None
+    """The debugger's number of the processor whose exit it was."""
 
 
 @dataclass
