@@ -133,6 +133,13 @@ def test_a_hook_in_an_eptp_list_is_found_with_its_bytes_as_code(switched: Path) 
     assert "execute-only" in shown
 
 
+def test_hooks_of_a_part(switched: Path) -> None:
+    words = ("ept", "hooks", "-s", str(switched), "--format", "raw", "--no-code", "--gpa")
+    assert "view-frame" in text(*words, "0x200000-0x210000", status=1)
+    shown = text(*words, "0x0-0x200000", status=0)
+    assert "nothing stands out" in shown and "2 MiB of 2 MiB go to the same frames" in shown
+
+
 def test_the_list_counts_only_with_the_controls_that_activate_it(values: Dict[int, int], tmp_path: Path) -> None:
     plain, hooking = view(0xA00000), view(0xB00000, (FRAME, 4))
     listed = struct.pack("<2Q", plain.root | 0x1E, hooking.root | 0x1E) + bytes(K4 - 16)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
-from vtdbg.commands.nested import ROOT_OPTION, Root, nested_report, python_tables
+from vtdbg.commands.nested import RANGE, ROOT_OPTION, Root, nested_report, python_tables
 from vtdbg.commands.nested_diff import named
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.nested.hooks import SIGNS, Hook, Patch, View, hooks, instructions, kinship, patches, read_pair, view, view_hooks
-from vtdbg.numbers import size_text
+from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hexa
 
 HOOK_OPTIONS = (
+    RANGE,
     Opt("--mode", "choice", "how the code is decoded (default: 64 bits)", choices=("16", "32", "64"), default="64"),
     Opt("--limit", "int", "stop after this many rows a table", default=200),
     Opt("--no-code", "flag", "no bytes, no disassembly"),
@@ -36,7 +37,7 @@ class Hooks:
     """The tables as they were looked at; None where their pointer is not valid."""
 
 
-def all_hooks(memory: PhysicalMemory, roots: Sequence[Root]) -> Tuple[List[Hooks], List[str]]:
+def all_hooks(memory: PhysicalMemory, roots: Sequence[Root], first: int = 0, last: int = (1 << 64) - 1) -> Tuple[List[Hooks], List[str]]:
     """Each table by itself, then each further table of a guest against the first one of that guest; and which tables are of separate guests.
 
     Tables that share most of their frames are views of one guest.
@@ -47,17 +48,17 @@ def all_hooks(memory: PhysicalMemory, roots: Sequence[Root]) -> Tuple[List[Hooks
         if root.tables.root_problem:
             found.append(Hooks(root, title, ()))
             continue
-        seen = view(memory, root.tables)
+        seen = view(memory, root.tables, first, last)
         found.append(Hooks(root, title, hooks(seen.rows), seen=seen))
     guests: List[Tuple[Root, View]] = []
     strangers: List[str] = []
     for number, item in enumerate([item for item in found if item.seen is not None]):
         assert item.seen is not None
-        for first_root, first in guests:
-            common, same = kinship(first.rows, item.seen.rows)
+        for first_root, base in guests:
+            common, same = kinship(base.rows, item.seen.rows)
             if common and 2 * same > common:
                 title = f"{named(item.root)} against {named(first_root)}: {size_text(same)} of {size_text(common)} go to the same frames"
-                found.append(Hooks(item.root, title, list(view_hooks(first.rows, item.seen.rows, number)), first_root))
+                found.append(Hooks(item.root, title, list(view_hooks(base.rows, item.seen.rows, number)), first_root))
                 break
             strangers.append(f"{item.root.title} and {first_root.title}")
         else:
@@ -65,22 +66,24 @@ def all_hooks(memory: PhysicalMemory, roots: Sequence[Root]) -> Tuple[List[Hooks
     return found, strangers
 
 
-def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes: Sequence[str] = (), mode: str = "64", limit: int = 200,
-                 no_code: bool = False) -> Report:
+def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes: Sequence[str] = (), gpa: Optional[str] = None, mode: str = "64",
+                 limit: int = 200, no_code: bool = False) -> Report:
     """What stands out in each table, then what each further table of the same guest says differently from the first one of that guest."""
     if limit < 1:
         raise UsageError(f"--limit {limit}: at least 1 row")
+    start, end = parse_range(gpa) if gpa else (0, 1 << 64)
     kind = command.split()[0]
     report = nested_report(command, session, roots)
     report.notes += notes
     report.python += ["from vtdbg.nested.hooks import hooks, view"]
-    groups, strangers = all_hooks(session.machine.memory, roots)
+    part = f", {start:#x}, {end - 1:#x}" if gpa else ""
+    groups, strangers = all_hooks(session.machine.memory, roots, start, end - 1)
     for item in groups:
         report.add(hooks_group(item, session, kind, mode=int(mode), limit=limit, no_code=no_code))
         if item.found or item.first is None and (item.seen is None or not item.seen.complete):
             report.status = FINDINGS
         if item.seen is not None:
-            report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, item.root)}).rows))")
+            report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, item.root)}{part}).rows))")
     if strangers:
         words = f"not compared, because they share less than half of their frames (separate guests): {'; '.join(strangers)}"
         report.add(Lines("strangers", [Value(strangers, words, "dim")]))
@@ -100,7 +103,7 @@ def hooks_group(item: Hooks, session: Session, kind: str, *, mode: int, limit: i
         return group
     group.blocks += _blocks(item.found, session, kind, root, mode, limit, no_code)
     if not seen.complete:
-        group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges", "warn")]))
+        group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges; --gpa A-B looks at a part", "warn")]))
     if seen.problems:
         words = f"{seen.problems} problem{'s' * (seen.problems != 1)} in these tables, which `{kind} dump` lists: no hook is looked for there"
         group.add(Lines("broken", [Value(seen.problems, words, "dim")]))

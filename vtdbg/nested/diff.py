@@ -14,8 +14,8 @@ from vtdbg.level_tables import Permissions
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.walk import Structure
 
-WORK = 1 << 19
-"""As `vtdbg.enumeration.WORK_LIMIT`: every range costs more here."""
+WORK = 1 << 21
+"""As `vtdbg.enumeration.WORK_LIMIT`: every range costs more here.  8 GiB of 4 KiB pages of which no two follow each other."""
 ASPECTS = ("frame", "permissions", "type", "flags", "page size")
 """What can differ of a page that both sides map."""
 BROKEN = ("misconfiguration", "unreadable", "loop")

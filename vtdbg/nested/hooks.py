@@ -65,8 +65,9 @@ class View:
     problems: int = 0
 
 
-def view(memory: PhysicalMemory, structure: Structure) -> View:
-    found = Enumeration(memory, structure)
+def view(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1) -> View:
+    """What a table maps from guest-physical `first` to `last` (inclusive)."""
+    found = Enumeration(memory, structure, first, last)
     rows = tuple(islice(found, ROWS + 1))
     return View(rows[:ROWS], found.complete and len(rows) <= ROWS, found.problem_count)
 
