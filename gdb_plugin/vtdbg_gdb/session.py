@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import Iterator, Optional, Tuple
+
+import gdb
 
 from vtdbg.commands.session import Session
 from vtdbg.targets.live import LiveMachine
@@ -11,14 +14,23 @@ from vtdbg.targets.port import TargetGone
 from vtdbg.targets.stub import QUERY, SET
 from vtdbg_gdb.adapter import InProcessPort
 
+
 PUT_BACK = "the connection was lost while the stub's memory packets were physical; they are virtual again"
+
+
+def _show_progress(line: str) -> None:
+    """One line on the terminal that the next one replaces; empty to clear it."""
+    gdb.write(f"\r\x1b[K{line}", gdb.STDERR)
+    gdb.flush(gdb.STDERR)
 
 
 class GdbSession(Session):
     """`machine` is the target that GDB is connected to at the moment of the command."""
 
     def __init__(self) -> None:
-        super().__init__(program="vt")
+        # GDB's own standard error, not what Python makes of it.
+        watched = sys.__stderr__ is not None and sys.__stderr__.isatty()
+        super().__init__(program="vt", progress=_show_progress if watched else None)
         self.port = InProcessPort()
         self.evaluate = self._evaluate
         self._live: Optional[LiveMachine] = None

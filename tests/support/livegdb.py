@@ -69,6 +69,10 @@ class Wire:
         self._ends: List[socket.socket] = []
         threading.Thread(target=self._serve, daemon=True).start()
 
+    def count_down(self, count: int) -> None:
+        """Cut after that many packets from now on."""
+        self._left = count
+
     def _serve(self) -> None:
         """One connection behind the other; only the first one is cut."""
         while True:

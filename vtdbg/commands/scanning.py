@@ -65,6 +65,9 @@ def scanned_blocks(session: Session, kinds: Sequence[str] = KINDS) -> Scanned:
     partial = ""
     if missing:
         found, partial = _scan(session, missing)
+        for item in found:
+            # A live target compares its processors with them.
+            session.machine.consider(item.classification, item.address)
         if partial:
             return Scanned([item for item in found if item.kind in kinds], partial)
         for kind in missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -9,6 +10,7 @@ from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
 from vtdbg.linux.kvm import KvmState
 from vtdbg.machine import Cpu, Machine
 from vtdbg.memory.base import CachedMemory, PhysicalMemory, Range
+from vtdbg.numbers import size_text
 from vtdbg.targets import stub as stubs
 from vtdbg.targets.fast import FastMemory, NoFastPath, fast_memory
 from vtdbg.targets.physical import PAGES_IN_CACHE, NoMemory, PhysicalMode, PortMemory, StubMemory
@@ -18,12 +20,21 @@ from vtdbg.targets.where import Block, Where, of_host_save_area, of_vmcb, of_vmc
 
 SCANNED = 16 << 20
 """Bytes of RAM that are searched for control blocks without being asked, where every byte comes through the stub."""
-NOT_SEARCHED = "memory was not searched for control blocks, which takes long through the stub: `vmcs list`, `vmcb list`, or name one"
+SEARCH_SECONDS = 3.0
+"""How long more than that is searched, once a connection."""
+NOT_SEARCHED = ("none of the control blocks in the first {covered} of {total} is this processor's; the rest takes about {seconds} s through the "
+                "stub: type `vmcs list --scan all` or `vmcb list --scan all`, or name one by `vmcs dump ADDRESS`, `vmcb dump ADDRESS`")
+NO_RANGES = ("which memory exists is not known, so it was not searched for control blocks: name one by `vmcs dump ADDRESS` or `vmcb dump ADDRESS`, "
+             "or search a part by `vmcs list --scan A-B`")
 LEFT_PHYSICAL = ("the stub's memory packets were physical before this command (an earlier client left it so): virtual reads of every debugger "
                  "show physical memory; `maintenance packet Qqemu.PhyMemMode:0` ends it")
 
 
 KINDS = {"vmcb": "vmcb", "host-save-area": "hsave", "vmcs": "vmcs"}
+
+
+class _TimeOver(Exception):
+    """A search has used up its time."""
 
 
 class LiveMemory(PhysicalMemory):
@@ -66,7 +77,7 @@ class LiveMachine(Machine):
         self.dialect = stubs.probe(port)
         self.mode = PhysicalMode(port, self.dialect)
         self.where = Where("unknown", "not looked at yet")
-        self.stale, self._searched = True, False
+        self.stale, self._searched, self._unsearched = True, False, ""
         self._number: Optional[int] = -1
         self.processors = Processors(self, port)
         self.places: List[Tuple[str, int]] = list(places)
@@ -192,26 +203,47 @@ class LiveMachine(Machine):
             self.places.append((kind, address))
 
     def search(self) -> str:
-        """Searches the memory for control blocks, once a stop; says why, where that is not done unasked."""
-        if not self._searchable():
-            return NOT_SEARCHED
-        if self._searched:
-            return ""
-        found, self._searched = self._search(), True
-        self.places = [*found, *(place for place in self.places if place not in found)]
-        return ""
+        """Searches the memory for control blocks, once a stop; where every byte comes through the stub not for long, and once a connection.
 
-    def _searchable(self) -> bool:
+        Says what to type where it has not seen all.
+        """
         ranges = self.memory.ranges()
         if ranges is None:
-            return False
-        quick = isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, FastMemory)
-        return quick or sum(length for _, length in ranges) <= SCANNED
+            return NO_RANGES
+        total = sum(length for _, length in ranges)
+        quick = total <= SCANNED or isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, FastMemory)
+        if self._searched or self._unsearched:
+            return self._unsearched
+        found, covered = self._search(None if quick else SEARCH_SECONDS)
+        self._searched = True
+        self.places = [*found, *(place for place in self.places if place not in found)]
+        if covered is not None:
+            seconds = (total - covered) * SEARCH_SECONDS / max(covered, 1)
+            sizes = {"covered": size_text(covered & -(1 << 20)), "total": size_text(total & -(1 << 20))}
+            self._unsearched = NOT_SEARCHED.format(seconds=f"{seconds:.0f}", **sizes)
+        return self._unsearched
 
-    def _search(self) -> List[Tuple[str, int]]:
+    def _search(self, seconds: Optional[float]) -> "Tuple[List[Tuple[str, int]], Optional[int]]":
+        """(kind, address) of what was found, and how many bytes were searched where the time was over before the end."""
         from vtdbg.scanner import scan
 
-        return [(KINDS[item.classification], item.address) for item in scan(self.memory) if item.classification in KINDS]
+        found: List[Tuple[str, int]] = []
+        end = None if seconds is None else time.monotonic() + seconds
+        scanned = 0
+
+        def watch(count: int) -> None:
+            nonlocal scanned
+            scanned = count
+            if end is not None and time.monotonic() > end:
+                raise _TimeOver
+
+        try:
+            for item in scan(self.memory, progress=watch):
+                if item.classification in KINDS:
+                    found.append((KINDS[item.classification], item.address))
+        except _TimeOver:
+            return found, scanned
+        return found, None
 
     def consider(self, kind: str, address: int) -> None:
         """A control block that the user named or a scan found (`kind` as the scan classifies it): compared with when the mode is decided."""

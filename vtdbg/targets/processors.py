@@ -138,7 +138,10 @@ class Processors:
                 found = decide(live, machine.blocks())
         if found.mode == "unknown":
             reason = machine.search()
-            found = Where("unknown", reason) if reason else decide(live, machine.blocks())
+            # What a search that was cut short has found can be enough.
+            found = decide(live, machine.blocks())
+            if found.mode == "unknown" and reason:
+                found = Where("unknown", reason)
         unsaved = found.mode == "guest" and not found.host
         return self._narrowed(number, live, found) if found.candidates or unsaved else found
 
