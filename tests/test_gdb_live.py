@@ -15,7 +15,9 @@ from typing import Iterator
 
 import pytest
 from lab_amd import BareQemu, Lab, Unavailable
+from support import gdbdocs
 from support.livegdb import Wire, body, error, plugged, unavailable, vtdbg
+from support.ptygdb import PtyGdb
 
 from vtdbg.memory.open import open_machine
 from vtdbg.svm.vmcb import Vmcb
@@ -68,6 +70,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareQemu]:
 
 
 # --- in the guest ------------------------------------------------------------------------------------------------------------------
+
+
+def test_documented_sessions_are_real(guest: Lab) -> None:
+    """README.md and docs/gdb.md show what GDB prints."""
+    with PtyGdb(f"target remote 127.0.0.1:{guest.port}") as gdb:
+        assert gdbdocs.check(gdb, "live, QEMU at") >= 2
+    assert gdbdocs.unknown_sessions() == []
 
 
 def test_guest_mode_is_said_and_the_vmcb_is_of_the_last_exit(guest: Lab) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
+from support import gdbdocs
 from support.livegdb import error, plugged, unavailable, vtdbg
+from support.ptygdb import PtyGdb
 from support.vmxcpu import Unavailable
 from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
@@ -58,6 +60,15 @@ def everything(gdb: MiPort) -> List[Any]:
     registers = gdb.registers()
     rip, rsp = registers["rip"] or 0, registers["rsp"] or 0
     return [registers, gdb.read_virtual(rip - 64, 256), gdb.read_virtual(rsp - 0x200, 0x200)]
+
+
+def test_documented_sessions_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/gdb.md shows what GDB prints, from the first exit of a machine that has just been started."""
+    monkeypatch.chdir(tmp_path)
+    with VmxStub() as fresh, PtyGdb(f"target remote 127.0.0.1:{fresh.port}") as gdb:
+        for line in (f"hbreak *{HANDLER:#x}", "continue", "delete", f"vmcs get GUEST_RIP --at {VMCS:#x}"):
+            gdb.command(line)
+        assert gdbdocs.check(gdb, "live, VMware at") >= 2
 
 
 def test_host_mode_by_cr3(at_handler: MiPort) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from typing import Iterator, Optional, Tuple
@@ -14,14 +15,20 @@ from vtdbg.targets.port import TargetGone
 from vtdbg.targets.stub import QUERY, SET
 from vtdbg_gdb.adapter import InProcessPort
 
-
 PUT_BACK = "the connection was lost while the stub's memory packets were physical; they are virtual again"
 
 
-def _show_progress(line: str) -> None:
-    """One line on the terminal that the next one replaces; empty to clear it."""
-    gdb.write(f"\r\x1b[K{line}", gdb.STDERR)
-    gdb.flush(gdb.STDERR)
+class _Progress:
+    """One line on GDB's terminal that the next one replaces; empty to clear it."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def __call__(self, line: str) -> None:
+        if line or self._shown:
+            gdb.write(f"\r\x1b[K{line}", gdb.STDERR)
+            gdb.flush(gdb.STDERR)
+        self._shown = bool(line)
 
 
 class GdbSession(Session):
@@ -29,8 +36,8 @@ class GdbSession(Session):
 
     def __init__(self) -> None:
         # GDB's own standard error, not what Python makes of it.
-        watched = sys.__stderr__ is not None and sys.__stderr__.isatty()
-        super().__init__(program="vt", progress=_show_progress if watched else None)
+        watched = sys.__stderr__ is not None and sys.__stderr__.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+        super().__init__(program="vt", progress=_Progress() if watched else None)
         self.port = InProcessPort()
         self.evaluate = self._evaluate
         self._live: Optional[LiveMachine] = None
@@ -89,6 +96,10 @@ class GdbSession(Session):
         if lost is not None and lost == endpoint and self.port.packet(QUERY) == b"1":
             self.port.packet(SET + "0")
             self.said = PUT_BACK
+
+    @property
+    def lost(self) -> bool:
+        return self._lost_at is not None or (self._live is not None and self._live.mode.abandoned)
 
     def reconnected(self) -> None:
         """A target is there again: where the last one was lost in physical mode, what GDB itself reads must not wait for the next command."""
