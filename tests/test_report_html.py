@@ -201,7 +201,8 @@ def test_the_page_is_well_formed_and_stands_alone(which: str, request: pytest.Fi
 
 @pytest.mark.parametrize(("fixture", "which", "words"), [
     ("plain_page", "intel_plain", "vmcs check"), ("nested_page", "intel_nested", "vmcs list"), ("plain_page", "intel_plain", "exit explain"),
-    ("plain_page", "intel_plain", "vmcs dump"), ("plain_page", "intel_plain", "ept map"), ("amd_page", "amd_exit", "vmcb check"),
+    ("plain_page", "intel_plain", "vmcs dump"), ("plain_page", "intel_plain", "ept map"), ("plain_page", "intel_plain", "ept lint"),
+    ("amd_page", "amd_exit", "vmcb check"),
     ("amd_page", "amd_exit", "vmcb dump"), ("amd_page", "amd_exit", "npt dump"), ("amd_page", "amd_exit", "exit explain"),
     ("amd_page", "amd_exit", "source info"), ("amd_page", "amd_exit", "msrbitmap dump")])
 def test_the_page_has_the_words_of_the_commands(fixture: str, which: str, words: str, request: pytest.FixtureRequest) -> None:

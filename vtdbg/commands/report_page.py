@@ -12,6 +12,7 @@ from vtdbg.commands.bitmaps import Owner, msr_bitmap_of
 from vtdbg.commands.maps import aggregation, map_blocks
 from vtdbg.commands.nested import Root, listed_views
 from vtdbg.commands.nested_hooks import Hooks, all_hooks, hooks_group
+from vtdbg.commands.nested_lint import lint_report
 from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
@@ -23,7 +24,7 @@ from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.render.html import HtmlRenderer, escape, page
 from vtdbg.render.pictures import map_data, msr_data, msr_names
-from vtdbg.report import Block, Group, Lines, Report, Table, Value
+from vtdbg.report import Block, Group, Lines, Report, Table, Value, cell
 from vtdbg.scanner import Found
 from vtdbg.svm.npt import Npt
 from vtdbg.vmx.ept import Ept
@@ -246,14 +247,14 @@ class ReportPage:
             session, html = self._place(vm.parent)
             further, notes = self._views(session, vm, beside)
             pieces += [f'<p class="warn">{escape(note)}</p>' for note in notes]
-            pieces.append(self._address_space(session, html, vm.tables, further, numbers_named=vm.parent is None))
+            pieces.append(self._address_space(session, html, vm.tables, further, _users(vm), numbers_named=vm.parent is None))
         else:
             pieces.append('<p class="warn">No nested tables are in use, or the pointer to them is one that no processor accepts.</p>')
         for item in shown:
             pieces.append(self._block_section(item))
             if item.below and item.block.tables is not None:
                 named = item.session is self._session
-                pieces.append(self._address_space(item.session, item.html, item.block.tables, [], numbers_named=named))
+                pieces.append(self._address_space(item.session, item.html, item.block.tables, [], [item.title], numbers_named=named))
         return "\n".join([*pieces, "</section>"])
 
     def _views(self, session: Session, vm: Vm, beside: Sequence[Vm]) -> Tuple[List[Root], List[str]]:
@@ -268,13 +269,13 @@ class ReportPage:
             assert other.tables is not None and vm.tables is not None
             if not _alike(session.machine.memory, vm.tables, other.tables):
                 continue
-            users = [f"{block.kind.upper()} at {block.address:#x}" for block in other.blocks]
-            further.append(Root(_structure(other.tables, session), other.tables.name, "", users))
+            further.append(Root(_structure(other.tables, session), other.tables.name, "", _users(other)))
         return further, notes
 
-    def _address_space(self, session: Session, html: HtmlRenderer, tables: Tables, further: Sequence[Root], *, numbers_named: bool) -> str:
-        """Picture, letters, ranges and hooks.  `further`: tables that may be views of the same guest.  `numbers_named`: a command line can ask
-        for an address of it."""
+    def _address_space(self, session: Session, html: HtmlRenderer, tables: Tables, further: Sequence[Root], users: Sequence[str], *,
+                       numbers_named: bool) -> str:
+        """Picture, letters, ranges, hooks and lint.  `further`: tables that may be views of the same guest; `users`: control blocks that use
+        these.  `numbers_named`: a command line can ask for an address of it."""
         pointer = tables.pointer
         kind, option = ("ept", "eptp") if isinstance(tables.structure, Ept) else ("npt", "ncr3")
         structure = _structure(tables, session)
@@ -289,7 +290,7 @@ class ReportPage:
         whole = found.complete
         self._given_up += not whole
         views = [root for root in further if root.tables.root != structure.root] if whole else []
-        own = Root(structure, tables.name, f"{pointer:#x}")
+        own = Root(structure, tables.name, f"{pointer:#x}", list(users))
         hooks = self._hooks(session, own, views) if whole else []
         # What stands out in another table by itself is not in this picture.
         marks = [mark for item in hooks if own in (item.root, item.first) for mark in item.found if mark.signs != ("split",)]
@@ -306,8 +307,17 @@ class ReportPage:
                 "<noscript><p>The picture needs JavaScript; below it is in letters.</p></noscript></figure>"
                 f"{html.blocks(coarse)}"
                 f"<details{' open' * bool(marks)}><summary>{escape(heading)}</summary>{html.blocks(groups, 4)}</details>"
+                f"{self._lint(session, html, kind, own) if whole and numbers_named else ''}"
                 f"<details><summary>The same in letters, and what deserves a look</summary>{html.blocks(map_blocks(picture), 4)}</details>"
                 f"<details><summary>Ranges</summary>{ranges}</details>")
+
+    def _lint(self, session: Session, html: HtmlRenderer, kind: str, own: Root) -> str:
+        """What is wrong with the tables; only where control structures and RAM of the same memory can be compared with them."""
+        blocks = _inside(self._said(lambda: lint_report(f"{kind} lint", session, [own])))
+        verdicts = [cell(row[0]).text for block in blocks if isinstance(block, Table) for row in block.rows]
+        fails, notes = verdicts.count("fail"), verdicts.count("note")
+        heading = "Lint: " + (", ".join([f"{fails} fail"] * bool(fails) + [f"{notes} note{'s' * (notes != 1)}"] * bool(notes)) or "nothing found")
+        return f"<details{' open' * bool(fails)}><summary>{heading}</summary>{html.blocks(blocks, 4, FOLDED_ROWS)}</details>"
 
     def _hooks(self, session: Session, own: Root, further: Sequence[Root]) -> List[Hooks]:
         """What stands out in a VM's own tables and in the EPTP lists of it, and against further tables where those are views of the same guest."""
@@ -360,6 +370,10 @@ class ReportPage:
         words = item.html.blocks(_inside(self._said(lambda: run_verb(item.session, "msrbitmap dump", **{item.kind: item.block.address}))), 5)
         return (f'<figure data-msr="{len(self.msrs) - 1}"><figcaption>{escape(title)}</figcaption></figure>'
                 f"<details><summary>MSRs whose accesses do not exit</summary>{words}</details>")
+
+
+def _users(vm: Vm) -> List[str]:
+    return [f"{block.kind.upper()} at {block.address:#x}" for block in vm.blocks]
 
 
 def _alike(memory: PhysicalMemory, one: Tables, two: Tables) -> bool:
