@@ -23,6 +23,7 @@ from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 from vtdbg.linux.btf import Btf
 from vtdbg.linux.symbols import STRUCTURES, btf_of
 from vtdbg.targets.mi import MiPort
+from vtdbg.targets.start import gdb_arguments, gdb_environment
 from vtdbg.targets.stub import of_processor
 from vtdbg.targets.where import Block, decide
 
@@ -151,6 +152,16 @@ def test_each_processor_is_decided_by_itself(one: Smp) -> None:
             assert [int(found[number]["rip"], 16) for number in (1, 2)] == [one.state["rip"]["1"], one.state["rip"]["2"]]
             assert [found[number]["thread"]["selected"] for number in (1, 2)] == [selected == 1, selected == 2]
             assert gdb.execute("output $_thread") == str(selected)
+
+
+def test_gdb_ends_as_it_should(one: Smp, symbols: Path) -> None:
+    """Connected, asked, disconnected, ended: no crash, nothing on the error stream but GDB's own warning, and the machine is still paused."""
+    commands = [f"target remote 127.0.0.1:{one.port}", f"add-symbol-file {symbols}", "vt where", "thread apply all -q vmcb get rip", "disconnect"]
+    line = gdb_arguments(["-q", "-nx", "-batch", *(word for command in commands for word in ("-ex", command))])
+    done = subprocess.run(line, env=gdb_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "rror" not in done.stderr, done.stderr
+    assert done.stdout.count("current is the VMCB") == 3 and "1*" in done.stdout
+    assert not one.running
 
 
 def test_headers_and_functions_follow_the_thread(one: Smp) -> None:

@@ -38,6 +38,11 @@ class Front:
         if self._session is not None:
             self._session.forget()
 
+    @property
+    def lost(self) -> bool:
+        """Was a connection lost while there was something to put back?"""
+        return self._session is not None and self._session.lost
+
     def reconnected(self) -> None:
         """A thread has appeared: GDB is connected, to something."""
         if self._session is None:
@@ -232,11 +237,11 @@ def register() -> None:
             _register_group(front, start, group, verbs)
     for name, function, help in FUNCTIONS:
         Function(front, name, _lazily(function), help)
-    for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call", "new_objfile", "clear_objfiles", "free_objfile"):
+    for name in ("stop", "cont", "exited", "memory_changed", "register_changed", "inferior_call", "new_objfile", "clear_objfiles"):
         event = getattr(gdb.events, name, None)
         if event is not None:
             event.connect(lambda *_: front.forget())
     appeared = getattr(gdb.events, "new_thread", None)
     if appeared is not None:
-        # Not at once: GDB is in the middle of connecting.
-        appeared.connect(lambda *_: gdb.post_event(front.reconnected))
+        # Not at once: GDB is in the middle of connecting.  And not for nothing: GDB 13 crashes at its end when such an event still waits (-batch).
+        appeared.connect(lambda *_: gdb.post_event(front.reconnected) if front.lost else None)

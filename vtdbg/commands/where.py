@@ -15,23 +15,24 @@ MODES = {"host": ("host", ""), "guest": ("GUEST", "strong"), "unknown": ("unknow
 
 @verb("where", "every processor: host or guest, whose, and how that is known", live=True)
 def where(session: Session) -> Report:
-    """One row a processor of the debugger.  Each is decided by itself; the selected one stays selected.
+    """One row a processor of the debugger.  Each is decided by itself; the selected one (*) stays selected.
 
-    With KVM's symbols in the debugger it is also said which of Linux' processors each is, and what that has current.
+    With KVM's symbols in the debugger it is also said which of Linux' processors (CPU) each is, and whose the control block is.
     """
     machine = live_machine(session)
     report = Report("where", header=session.header(), notes=list(machine.warnings))
-    columns = [("thread", "processor"), ("mode", "mode"), ("rip", "RIP"), ("block", "control block"), ("vcpu", "whose"), ("cpu", "CPU"),
-               ("reason", "by")]
     seen = machine.processors.all()
-    symbols = machine.kvm() is not None
-    table = Table("processors", tuple(item for item in columns if symbols or item[0] not in ("vcpu", "cpu")), wrap="reason",
-                  empty="the debugger shows no processors")
     selected = machine.port.selected()
+    heads = (("thread", "processor"), ("mode", "mode"), ("rip", "RIP"), ("block", "block"), ("vcpu", "whose" if machine.kvm() is not None else ""),
+             ("cpu", ""), ("reason", ""))
+    table = Table("processors", heads, empty="the debugger shows no processors")
+    reasons = Table("reasons", (("thread", ""), ("words", "processor"), ("reason", "by")), wrap="reason", headings=False)
     for item in seen:
-        cells = _row(item, item.number == selected, machine.owner)
-        table.add(*(cell for cell, column in zip(cells, columns) if symbols or column[0] not in ("vcpu", "cpu")))
+        table.add(*_row(item, item.number == selected, machine.owner))
+        number = f"processor {item.number}" + (f", CPU {item.cpu.number}" if item.cpu is not None else "")
+        reasons.add(Value(item.number, ""), number, _why(item))
     report.add(table)
+    report.add(reasons)
     report.notes += [note for item in seen for note in item.where.notes if note not in report.notes]
     report.notes += [item.conflict for item in seen if item.conflict and item.conflict not in report.notes]
     report.python = [*session.python_open(), "for seen in machine.processors.all():", "    print(seen.number, seen.where.text, seen.current)"]
@@ -47,8 +48,11 @@ def _row(item: Seen, selected: bool, owner: Callable[[int], str]) -> List[Value]
         block, kind = current.address, current.kind
     shown = hexa(block, link=f"{kind} dump {block:#x}") if block is not None else Value(None, "", "dim")
     whose = owner(block) if block is not None else ""
-    cpu = Value(None, "", "dim") if item.cpu is None else Value(item.cpu.number, str(item.cpu.number))
-    by = item.where.reason + (f"; CPU {item.cpu.number} by its {item.by}" if item.cpu is not None else "")
     number = Value({"number": item.number, "selected": selected, "title": item.title}, f"{item.number}{'*' if selected else ''}",
                    "strong" if selected else "")
-    return [number, text(words, style), hexa(item.registers.get("rip"), 16), shown, text(whose), cpu, text(by)]
+    cpu = Value(None if item.cpu is None else item.cpu.number, "")
+    return [number, text(words, style), hexa(item.registers.get("rip"), 16), shown, text(whose), cpu, Value(_why(item), "")]
+
+
+def _why(item: Seen) -> str:
+    return item.where.reason + (f"; CPU {item.cpu.number} by its {item.by}" if item.cpu is not None else "")
