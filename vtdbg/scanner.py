@@ -246,6 +246,8 @@ class _VmcsFinder(_Finder):
         if is_empty(page):
             return self._judge_empty(address, page)
         survivors = self._revisions.survivors(page)
+        if not self._rejected and not self._revisions.can_fit(page, survivors):
+            return None
         ranked = rank(page, survivors) if survivors else []
         if not ranked or not ranked[0].fits:
             return self._reject(address, page, ranked)
@@ -320,7 +322,7 @@ class _VmcbFinder(_Finder):
     def judge(self, address: int, page: bytes) -> Optional[Found]:
         from vtdbg.svm import recognise
 
-        if len(page) < PAGE_SIZE or not recognise.quick(page):
+        if len(page) < PAGE_SIZE or not recognise.quick(page) or not (self._rejected or recognise.can_fit(page)):
             return None
         if self._mark == recognise.EFER and recognise.is_sev_es(page):
             return None

@@ -12,8 +12,8 @@ from vtdbg.evidence import Evidence
 from vtdbg.lanes import column, lanes, zero_lanes
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.vmx import layouts as vmcs_layouts
-from vtdbg.vmx.layout_map import SHADOW_BIT, Layout
-from vtdbg.vmx.plausibility import STRONG, Masked, judge_values
+from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, SHADOW_BIT, Layout
+from vtdbg.vmx.plausibility import BY_ENCODING, STRONG, Masked, Rule, judge_values
 from vtdbg.vmx.vmcs import Vmcs
 
 DISTINCTIVE = 0x10000
@@ -23,6 +23,9 @@ _HEADER = struct.Struct("<II")
 _ENOUGH = 5
 _ENOUGH_WITH_ABORT = 12
 _HEADER_SIZE = 12
+_NO_STRAY_BYTES = 4
+"""What a page gets beside the points of its fields, at most."""
+_CODES = {2: "H", 4: "I", 8: "Q"}
 _MANY = 128
 """Pages with one revision identifier that are asked together; fewer are faster one by one."""
 
@@ -48,6 +51,11 @@ class RevisionFilter:
         revision = first & ~SHADOW_BIT
         needed = _ENOUGH_WITH_ABORT if abort > 0xFF and revision < DISTINCTIVE else _ENOUGH
         return [reader.layout for reader in self._of(revision) if reader.points(page) >= needed]
+
+    def can_fit(self, page: bytes, survivors: Sequence[Layout]) -> bool:
+        """Can the score of one of `survivors` (see there) reach what a VMCS needs?  Never False where it does; without words, hence quick."""
+        revision = vmcs_layouts.header_words(page)[0]
+        return any(reader.most(page) >= vmcs_layouts.FITS for reader in self._of(revision) if reader.layout in survivors)
 
     def worth_a_look(self, data: memoryview, first_dwords: Sequence[int]) -> bytes:
         """For the pages of `data`, whose first dwords are given: 1 for each that can have survivors or be empty; one byte a page.
@@ -93,22 +101,21 @@ class RevisionFilter:
         return found
 
 
-class _StrongFields:
-    """The strong fields of one layout in one unpacking."""
+class _JudgedFields:
+    """Fields of one layout in one unpacking: those that `rules` judge, by encoding."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, rules: Mapping[int, Rule]) -> None:
         self.layout = layout
-        places = sorted((layout.fields[encoding].offset, layout.fields[encoding].size, encoding) for encoding in STRONG if encoding in layout.fields)
+        places = sorted((layout.fields[encoding].offset, layout.fields[encoding].size, encoding) for encoding in rules if encoding in layout.fields)
         form, at = "<", 0
         for offset, size, _ in places:
-            form += f"{offset - at}x{'IQ'[size == 8]}"
+            form += f"{offset - at}x{_CODES[size]}"
             at = offset + size
         self._struct = struct.Struct(form)
-        self._places = [(offset, size, STRONG[encoding]) for offset, size, encoding in places]
-        self.strong = len(places)
-        self._rules = [(STRONG[encoding].judge, STRONG[encoding].good, STRONG[encoding].bad) for _, _, encoding in places]
+        self._rules = [(rules[encoding].judge, rules[encoding].good, rules[encoding].bad) for _, _, encoding in places]
         self._encodings = [encoding for _, _, encoding in places]
         self._needed = max(self._struct.size, layout.extent)
+        self._places = [(offset, size, rules[encoding]) for offset, size, encoding in places]
 
     def fits_in(self, page: bytes) -> bool:
         return len(page) >= self._needed
@@ -122,6 +129,27 @@ class _StrongFields:
                 verdict = judge(value)
                 total += good if verdict else bad if verdict is False else 0
         return total
+
+    def values(self, page: bytes) -> Mapping[int, int]:
+        return dict(zip(self._encodings, self._struct.unpack_from(page)))
+
+
+class _StrongFields(_JudgedFields):
+    """The strong fields of one layout: for many pages at once, and the others only where those speak for a page."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout, STRONG)
+        self.strong = len(self._places)
+        # Access rights in another form than VMREAD gives are not judged here: taken for good.
+        self._in_form = frozenset() if layout.access_rights == "plain" else ACCESS_RIGHTS_FIELDS & set(layout.fields)
+        self._all: Optional[_JudgedFields] = None
+
+    def most(self, page: bytes) -> int:
+        """The score (`layouts.score_page`) is not above this."""
+        if self._all is None:
+            self._all = _JudgedFields(self.layout, {encoding: rule for encoding, rule in BY_ENCODING.items() if encoding not in self._in_form})
+        unjudged = sum(max(BY_ENCODING[encoding].good, 0) for encoding in self._in_form if encoding in BY_ENCODING)
+        return self._all.points(page) + unjudged + _NO_STRAY_BYTES
 
     def of_all(self, data: memoryview) -> Tuple[int, int]:
         """(pages that can have enough points, pages in which no strong field is set) of `data`, whole pages; 1 in the lane (a byte) of each."""
@@ -143,9 +171,6 @@ class _StrongFields:
             if offset >= _HEADER_SIZE:
                 blank &= zero
         return (total & every) >> 7, blank >> 7
-
-    def values(self, page: bytes) -> Mapping[int, int]:
-        return dict(zip(self._encodings, self._struct.unpack_from(page)))
 
 
 # --- what several pages say about one another -------------------------------------------------------------------------------------

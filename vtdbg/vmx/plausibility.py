@@ -181,3 +181,5 @@ def _name(encoding: int) -> str:
 _STRONG = (PIN, PROC, EXIT, ENTRY, 0x2800, 0x6C00, 0x6C04, 0x6820)
 STRONG: Mapping[int, Rule] = {rule.encodings[0]: rule for rule in RULES if rule.encodings[0] in _STRONG}
 """The rules that a scan asks first: control words, link pointer, host CR0 and CR4, RFLAGS."""
+
+BY_ENCODING: Mapping[int, Rule] = {encoding: rule for rule in RULES for encoding in rule.encodings}
