@@ -165,6 +165,23 @@ def test_the_epts_of_several_processors_are_compared_and_those_of_strangers_are_
     assert "not compared, because they share less than half of their frames (separate guests): EPTP 0xd0001e and EPTP 0xa0001e" in shown
 
 
+def test_nested_page_tables_of_amd_are_compared_alike(tmp_path: Path) -> None:
+    """The same in the host's own format: a page of the second root goes to another frame and is not executable (NX, bit 63)."""
+    def tables(base: int, frame: int, nx: int) -> TableBuilder:
+        builder = TableBuilder(base=base, inverse=1 << 63, rights=1 << 63 | 7)
+        for at in range(M2, 2 * M2, K4):
+            builder.map(at, frame if at == HOOKED else at, K4, 0x67 | (nx << 63 if at == HOOKED else 0), 0x67)
+        return builder
+
+    path = image(tmp_path / "npt.raw", *pages_of(tables(0xA00000, HOOKED, 0), tables(0xB00000, FRAME, 1)), (HOOKED, ORIGINAL), (FRAME, PATCHED))
+    words = ("-s", str(path), "--format", "raw")
+    shown = text("npt", "hooks", "--ncr3", "0xa00000", "--with", "0xb00000", *words, status=1)
+    assert "0x000205000 4 KiB 0x000900000 rw-u 0x000205000 rwxu view-frame, view-rights" in shown and "jmp 0x206045" in shown
+    change, = rows("changes", "npt", "diff", "--ncr3", "0xa00000", "--other-ncr3", "0xb00000", *words)
+    assert (change["start"], change["aspects"]) == (hex(HOOKED), ["frame", "permissions"])
+    assert [row["gpa"] for row in rows("places", "npt", "find", hex(FRAME), "--ncr3", "0xb00000", *words)] == [hex(HOOKED)]
+
+
 # ---- differences -------------------------------------------------------------------------------------------------------------------------
 
 def test_two_dumps_are_compared_by_name(tmp_path: Path) -> None:
