@@ -58,7 +58,7 @@ def _blocks(vcpu: Vcpu) -> List[List[Value]]:
         link = f"{block.kind} dump {block.address:#x}" if block.address is not None else ""
         rows.append([text(f"{block.name}{' (current)' if block.current else ''}", "strong" if block.current else ""), hexa(block.address, link=link)])
     if vcpu.vmcb12 is not None:
-        rows.append([text("vmcb12"), Value(f"{vcpu.vmcb12:#x}", f"guest-physical {vcpu.vmcb12:#x}")])
+        rows.append([text("vmcb12"), Value(f"{vcpu.vmcb12:#x}", f"GPA {vcpu.vmcb12:#x}")])
     return rows or [[text("none", "dim"), Value(None, "", "dim")]]
 
 
