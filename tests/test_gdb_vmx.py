@@ -24,6 +24,7 @@ from vtdbg.targets.gdbtext import error_of
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
+from vtdbg.targets.writing import place_by_writing
 from vtdbg.vmx.capabilities import VmxCapabilities
 from vtdbg.vmx.layout_file import load_layout
 from vtdbg.vmx.learn import learn, load_samples
@@ -252,6 +253,64 @@ def test_stops_are_merged(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> 
     assert found == sorted(found) and found[-1] > found[0] >= 18, found
     assert "has no samples" in error(at_handler, f"vmcs layout learn {VMCS:#x} --yes --merge {_without_samples(path, tmp_path)}")
     assert "cannot be read" in error(at_handler, f"vmcs layout learn {VMCS:#x} --yes --merge {tmp_path}/nothing")
+
+
+def vmcs_page(gdb: MiPort) -> bytes:
+    gdb.execute("monitor phys")
+    try:
+        return gdb.read_virtual(VMCS, 4096)
+    finally:
+        gdb.execute("monitor virt")
+
+
+def test_fields_are_placed_by_writing(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> None:
+    """Without any known layout every writable field is where the processor's own VMWRITE writes, 0 or not; page, registers and code are the same
+    to the byte afterwards."""
+    before, page = everything(at_handler), vmcs_page(at_handler)
+    path = tmp_path / "written.json"
+    text = " ".join(at_handler.execute(f"vmcs layout learn {VMCS:#x} --yes --by-writing --out {path}").split())
+    assert (everything(at_handler), vmcs_page(at_handler)) == (before, page)
+    count = re.search(r"by writing (\d+)", text)
+    assert count is not None and int(count.group(1)) == sum(encoding >> 10 & 3 != 1 for encoding in load_layout(path).fields)
+    with Injector(at_handler, lambda: None) as target:
+        values = target.vmreads(sorted(load_layout(path).fields)).values
+
+        def page_now() -> bytes:
+            return vmcs_page(at_handler)
+
+        found = place_by_writing(target, values, page_now)
+    assert found.elsewhere == () and found.form == "rotated" and len(found.places) > 120
+    assert {encoding: place.offset for encoding, place in found.places.items()} == {encoding: stub.layout[encoding] for encoding in found.places}
+    assert (everything(at_handler), vmcs_page(at_handler)) == (before, page)
+    alone = learn(load_samples(str(path)), known={}, written=found.places, form=found.form)
+    assert len(alone.layout.fields) > 124 and all(place.offset == stub.layout[encoding] for encoding, place in alone.layout.fields.items())
+    assert "--no-patch does not allow" in error(at_handler, f"vmcs layout learn {VMCS:#x} --yes --by-writing --no-patch")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_at_every_step_of_writing_leaves_the_vmcs_as_it_was(stub: VmxStub, late: bool) -> None:
+    """Ctrl-C at each command while one field is changed, looked for and put back: the same page, registers and code."""
+    with Interrupted(f"127.0.0.1:{stub.port}") as gdb:
+        assert gdb.run_to(HANDLER)
+        before, page = everything(gdb), vmcs_page(gdb)
+        gdb.late = late
+        for number in range(1, 200):
+            gdb.at, gdb.seen = number, 0
+            completed = False
+            try:
+                with Injector(gdb, lambda: None) as target:
+                    assert place_by_writing(target, {0x6C16: HANDLER}, lambda: vmcs_page(gdb)).places[0x6C16].offset == stub.layout[0x6C16]
+                    completed = True
+            except KeyboardInterrupt:
+                pass
+            interrupted, gdb.at = gdb.seen >= number, -1
+            gdb.execute("monitor virt")
+            assert (everything(gdb), vmcs_page(gdb)) == (before, page), number
+            if completed and not interrupted:
+                break
+        else:
+            pytest.fail("the writing never completed")
+        assert number > 60
 
 
 def _without_samples(path: Path, folder: Path) -> Path:

@@ -226,19 +226,26 @@ def _caps_of(target: Injector) -> VmxCapabilities:
     Arg("address", "address", "physical address of the current VMCS"),
     Opt("--out", "path", "layout file to write, with what was seen", metavar="FILE"),
     Opt("--merge", "path", "a file that --out wrote at an earlier stop: what was seen then counts too; may be repeated", metavar="FILE", many=True),
+    Opt("--by-writing", "flag", "also change every writable field for a moment, by VMWRITE, and see where the page changes (asks first)"),
     YES, HOST, NO_PATCH,
     live=True,
 )
-def layout(session: Session, action: str, address: int, out: Optional[str], merge: Optional[List[str]], yes: bool, assume_host: bool,
-           no_patch: bool) -> Report:
+def layout(session: Session, action: str, address: int, out: Optional[str], merge: Optional[List[str]], by_writing: bool, yes: bool,
+           assume_host: bool, no_patch: bool) -> Report:
     """A field is placed where its value is the only one of its kind in the page; fields that are 0 or not unique stay open until another stop
     tells (--merge).  A known layout that explains every value places the others, and is named.
 
+    --by-writing proves the place of every writable field, whatever is in it: each is complemented, looked for in the page and put back before the
+    next one; page and fields are compared with before at the end.  It changes the VMCS that the hypervisor has current, for a moment.
+
     The page has to hold what the processor holds: true for emulators, and on hardware after VMCLEAR.
     """
+    from vtdbg.targets.writing import Written, place_by_writing
     from vtdbg.vmx.infer import Sample
     from vtdbg.vmx.learn import learn, load_samples, save
 
+    if by_writing and no_patch:
+        raise UsageError("--by-writing needs VMWRITE, which --no-patch does not allow")
     earlier = [sample for path in merge or [] for sample in load_samples(path)]
     machine = live_machine(session)
     notes: List[str] = []
@@ -246,7 +253,20 @@ def layout(session: Session, action: str, address: int, out: Optional[str], merg
     session.forget()
     page = machine.memory.read_page(address)
     samples = [*earlier, Sample(page, {item.field.encoding: item.value for item in vmcs.values()}, "VMREAD and the page of the same VMCS")]
-    learnt = learn(samples)
+    written = Written({}, "unknown", ())
+    if by_writing:
+        def page_now() -> bytes:
+            session.forget()
+            try:
+                return machine.memory.read_page(address)
+            finally:
+                machine.mode.virtual()
+
+        with injector(session, "--by-writing, which changes each field of the current VMCS for a moment,", yes, assume_host) as target:
+            written = place_by_writing(target, samples[-1].values, page_now)
+        if not written.places:
+            notes.append("no VMWRITE changed the page: this processor does not keep the current VMCS in memory")
+    learnt = learn(samples, written=written.places, form=written.form)
     report = _report("vmcs layout", session, "target.vmreads([0x681e])")
     report.notes += [*notes, *learnt.inference.notes]
     if out:
@@ -263,6 +283,8 @@ def layout(session: Session, action: str, address: int, out: Optional[str], merg
 def _learnt_facts(learnt: "Learnt", stops: int, out: Optional[str]) -> Pairs:
     facts = Pairs("layout", title=f"Layout of revision {learnt.layout.revision_ids[0]:#x}")
     facts.add("placed", "fields placed", f"{len(learnt.layout.fields)} of {len(learnt.inference.places)} read")
+    if learnt.written:
+        facts.add("written", "by writing", str(len(learnt.written)))
     facts.add("unique", "by the pages alone", str(len(learnt.inference.placed)))
     facts.add("stops", "from", f"{stops} stop{'s' * (stops != 1)}")
     facts.add("access_rights", "access rights", learnt.layout.access_rights)
@@ -281,8 +303,9 @@ def _learnt_fields(learnt: "Learnt") -> Table:
     for encoding, place in sorted(learnt.layout.fields.items(), key=lambda item: item[1].offset):
         known = encoding in learnt.from_known
         here = status[encoding]
-        table.add(hexa(place.offset, 3), str(place.size), vmcs_fields.find(encoding).name, "known" if known else "unique",
-                  Value(here.why, f"{here.status} by the pages: {here.why}" if known else here.why, "dim"))
+        proof = "written" if encoding in learnt.written else "known" if known else "unique"
+        table.add(hexa(place.offset, 3), str(place.size), vmcs_fields.find(encoding).name, proof,
+                  Value(here.why, f"{here.status} by the pages: {here.why}" if known else here.why if proof == "unique" else "", "dim"))
     for here in learnt.open:
         word = {"silent": "unknown"}.get(here.status, here.status)
         table.add("", str(here.size), vmcs_fields.find(here.encoding).name, Value(word, word, "warn"), Value(here.why, here.why, "dim"))

@@ -88,17 +88,22 @@ class Injector:
         with self._around:
             self.restore()
 
-    def run(self, code: bytes, inputs: Mapping[str, int], at: Optional[int] = None) -> Mapping[str, int]:
+    def run(self, code: bytes, inputs: Mapping[str, int], at: Optional[int] = None, at_once: bool = False) -> Mapping[str, int]:
         """The registers after one instruction.  `at`: an instruction that stands there already, with these bytes, is used without patching.
+
+        `at_once`: a Ctrl-C that waits goes on waiting, for an instruction that undoes another one.
 
         Raises Fault where RIP did not advance by the instruction's length.
         """
         state = self._saved()
-        deliver()
+        if not at_once:
+            deliver()
         start = state.registers["rip"] if at is None else at
         if at is None and self._patched[:len(code)] != code:
-            self._patched = code
+            # An interrupt in the middle leaves it open what stands there.
+            self._patched = b""
             self.port.write_virtual(start, code)
+            self._patched = code
         for name, value in {"rflags": state.registers["rflags"] & ~(IF | TF), **inputs, "rip": start}.items():
             self.port.write_register(name, value)
         self.port.step()

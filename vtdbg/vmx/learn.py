@@ -32,6 +32,8 @@ class Learnt:
     known: Tuple[str, ...]
     from_known: Tuple[int, ...]
     explained: int
+    written: Tuple[int, ...] = ()
+    """Fields whose place was seen when they were written."""
 
     @property
     def status(self) -> Dict[int, Place]:
@@ -44,31 +46,44 @@ class Learnt:
         return tuple(place for place in self.inference.places if place.encoding not in self.layout.fields)
 
 
-def learn(samples: Sequence[Sample], known: Optional[Mapping[str, Layout]] = None) -> Learnt:
+def learn(samples: Sequence[Sample], known: Optional[Mapping[str, Layout]] = None, written: Optional[Mapping[int, LayoutField]] = None,
+          form: str = "unknown") -> Learnt:
     """The layout behind `samples`: pages and the values that VMREAD gives for them, of one processor.
 
-    `known` are the layouts that are compared (default: the packaged ones).  Raises FormatError as `infer` does.
+    `known` are the layouts that are compared (default: the packaged ones); `written` places that were seen when the fields were written, which
+    nothing overrules, and the `form` of access rights that this showed.  Raises FormatError as `infer` does.
     """
     revision = int.from_bytes(samples[0].page[:4], "little") & ~SHADOW_BIT if samples else 0
     found = infer(samples, f"learnt_{revision:x}")
     candidates = _packaged() if known is None else known
-    fitting = {name: layout for name, layout in candidates.items() if _explains(layout, samples, found)}
+    seen = dict(written or {})
+    for encoding, place in found.layout.fields.items():
+        if encoding not in seen and _is_free(place, seen):
+            seen[encoding] = place
+    fitting = {name: layout for name, layout in candidates.items() if _explains(layout, samples, seen)}
     read = {encoding for sample in samples for encoding in sample.values}
-    places, more = dict(found.layout.fields), []
+    places: Dict[int, LayoutField] = dict(seen)
+    more: List[int] = []
     for encoding in sorted(read - set(places)):
         said = {(layout.fields[encoding].offset, layout.fields[encoding].size) for layout in fitting.values() if encoding in layout.fields}
         if len(said) == 1:
             offset, size = said.pop()
-            if not any(place.offset < offset + size and offset < place.end for place in places.values()):
-                places[encoding] = LayoutField(offset, size, f"as in {', '.join(fitting)}")
+            place = LayoutField(offset, size, f"as in {', '.join(fitting)}")
+            if _is_free(place, places):
+                places[encoding] = place
                 more.append(encoding)
     forms = {layout.access_rights for layout in fitting.values()}
-    form = found.layout.access_rights if found.layout.access_rights != "unknown" or len(forms) != 1 else forms.pop()
+    if form == "unknown":
+        form = found.layout.access_rights if found.layout.access_rights != "unknown" or len(forms) != 1 else forms.pop()
     caveats = (f"{len(more)} of {len(places)} places are those of {', '.join(fitting)}, which explains every value read",) if more else ()
     layout = replace(found.layout, access_rights=form, fields=dict(sorted(places.items())), caveats=(*caveats, *found.layout.caveats),
                      title=f"learnt by VMREAD, revision {revision:#x}")
     explained = len({value for sample in samples for value in sample.values.values() if value}) if fitting else 0
-    return Learnt(layout, found, tuple(fitting), tuple(more), explained)
+    return Learnt(layout, found, tuple(fitting), tuple(more), explained, tuple(written or ()))
+
+
+def _is_free(place: LayoutField, taken: Mapping[int, LayoutField]) -> bool:
+    return not any(other.offset < place.end and place.offset < other.end for other in taken.values())
 
 
 def _packaged() -> Mapping[str, Layout]:
@@ -77,8 +92,8 @@ def _packaged() -> Mapping[str, Layout]:
     return layouts()
 
 
-def _explains(layout: Layout, samples: Sequence[Sample], found: Inference) -> bool:
-    """Does every value stand where the layout has its field, zeros too, enough of them, and no place contradict what the pages prove?"""
+def _explains(layout: Layout, samples: Sequence[Sample], proved: Mapping[int, LayoutField]) -> bool:
+    """Does every value stand where the layout has its field, zeros too, enough of them, and no place contradict what is proved?"""
     distinct = set()
     for sample in samples:
         raw = layout.raw_values(sample.page)
@@ -89,8 +104,7 @@ def _explains(layout: Layout, samples: Sequence[Sample], found: Inference) -> bo
                 return False
             if value:
                 distinct.add(value)
-    contradicted = any(layout.fields[encoding].offset != place.offset for encoding, place in found.layout.fields.items()
-                       if encoding in layout.fields)
+    contradicted = any(layout.fields[encoding].offset != place.offset for encoding, place in proved.items() if encoding in layout.fields)
     return len(distinct) >= ENOUGH and not contradicted
 
 
