@@ -6,6 +6,7 @@ and dbgeng over the KD protocol.
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from lab_windbg.image import PAGE, Image, gather, wrap, write_dump
+from lab_windbg.image import CODE, CR8, GDT, IDT, LDT_SELECTOR, NT, PAGE, PCR, PCR_STRIDE, TSS_SLOT, VMREAD_AT, Image, gather, wrap, write_dump
 from lab_windbg.kd_stub import READ_PHYSICAL, READ_VIRTUAL, KdStub, Kernel, VmxRoot
-from lab_windbg.lab import Lab, Unavailable, windows_path
+from lab_windbg.lab import HERE, Lab, Unavailable, windows_path
 from support import dumps
 from support.fixtures import need
 
@@ -49,31 +50,61 @@ COMMANDS: Dict[str, List[str]] = {
         "idt dump --cpu 0",
         "tss dump --cpu 1",
         "phys 0x6826000",
+        "msrbitmap dump --vmcs 0x6826000",
+        "ept lint --vmcs 0x6826000",
+        "source scan",
         "source info --json",
     ],
     "amd": [
         "vmcb list",
         "vmcb dump",
+        "vmcb check",
+        "vmcb get rip exit_code",
+        "exit explain",
+        "msrbitmap dump",
         "npt walk 0x1000",
         "npt walk 0x200000",
         "npt dump",
         "gva walk 0xffff800000000091",
         "gdt dump --cpu 0",
+        "idt dump --cpu 0",
+        "tss dump --cpu 1",
+        "phys 0x1f22000",
         "source info --json",
     ],
 }
+# What pykd is asked of a live kernel too; the rest of it is the same code as on a dump.
+PYKD_LIVE = {"intel": ["ept walk 0x1000 --vmcs 0x6826000", "vmcs dump 0x6826000"], "amd": ["vmcb dump", "npt walk 0x1000"]}
 MISSING = "phys 0x3000000000"
 VMCS = 0x6826000
 VMREAD = f"vmcs dump {VMCS:#x} --vmread --assume-host --json"
+PHYS = f"phys {VMCS:#x} --length 16"
+PART = f"vmcs list --scan {VMCS:#x}+4k"
+Request = Dict[str, Any]
+# Live, in this order, on a machine that has 16 GiB more of RAM: (name, request).
+FAULTS: Dict[str, Request] = {
+    "told to run": {"backend": "ctypes", "words": PHYS, "state": "go"},
+    "told to run, pykd": {"backend": "pykd", "words": PHYS, "state": "go"},
+    "runs": {"backend": "ctypes", "words": PHYS, "state": "running"},
+    "broken into": {"backend": "ctypes", "words": PHYS},
+    "long search": {"backend": "ctypes", "words": "vmcs list"},
+    "part of it": {"backend": "ctypes", "words": PART},
+    "no patch": {"backend": "ctypes", "words": f"{VMREAD} --yes --no-patch"},
+    "broken injection": {"backend": "ctypes", "words": f"{VMREAD} --yes", "interrupt": 20},
+    "Ctrl-Break": {"backend": "ctypes", "words": PART, "interrupt": 0},
+    "MSR, pykd": {"backend": "pykd", "words": "msr read 0xc0000080 0x480"},
+    "no such MSR, pykd": {"backend": "pykd", "words": "msr read 0x490"},
+}
 INJECTED = {"intel": [f"{VMREAD} --yes", VMREAD, "msr read 0xc0000080 0x480", "msr read 0x490"], "amd": []}
 PAIRS = [(name, words) for name, commands in COMMANDS.items() for words in commands]
 PROVENANCE = re.compile(r"\((KPRCB of processor \d+: ProcessorState|DbgEng)\)")
 
 
 class Answers(NamedTuple):
-    """By backend and command: (status, text); what the session said at its end; the stub's side of a live one."""
+    """By backend and command: (status, text), and in order; what the session said at its end; the stub's side of a live one."""
 
     by_command: Dict[Tuple[str, str], Tuple[int, str]]
+    in_order: List[Tuple[int, str]]
     longest: int
     end: Dict[str, Any]
     stub: "KdStub | None"
@@ -84,12 +115,21 @@ Engines = Dict[str, "Future[Answers]"]
 
 
 @pytest.fixture(scope="module")
-def lab() -> Lab:
+def lab() -> Iterator[Lab]:
     try:
-        return Lab().prepare()
+        found = Lab().prepare()
     except Unavailable as problem:
         need("the Windows debugger engine", problem)
         raise
+    with found.running():
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Sessions run side by side: opening and attaching is mostly waiting."""
+    with ThreadPoolExecutor(3) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -115,37 +155,46 @@ def windows_dumps(memories: Dict[str, Segments], dumps_dir: Path) -> Dict[str, P
 def ask(lab: Lab, folder: Path, target: str, requests: List[Dict[str, Any]], stub: "KdStub | None" = None) -> Answers:
     """One process of Windows' Python for all the requests."""
     file = folder / f"requests-{threading.get_ident()}-{time.monotonic_ns()}"
-    file.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    file.write_text("".join(json.dumps({**request, "words": request["words"].split()}) + "\n" for request in requests))
     output = lab.run_python("session.py", target, windows_path(file), timeout=150)
     lines = [line for line in output.splitlines() if line.startswith("{")]
     assert len(lines) == len(requests) + 1, output[-3000:]
     answers = [json.loads(line) for line in lines]
-    by_command = {(request["backend"], " ".join(request["words"])): (answer["status"], answer["text"]) for request, answer in zip(requests, answers)}
-    return Answers(by_command, max(answer["longest"] for answer in answers[:-1]), answers[-1], stub)
+    in_order = [(answer["status"], answer["text"]) for answer in answers[:-1]]
+    by_command = {(request["backend"], request["words"]): answer for request, answer in zip(requests, in_order)}
+    return Answers(by_command, in_order, max(answer["longest"] for answer in answers[:-1]), answers[-1], stub)
 
 
 def vmcs_of(segments: Segments) -> vtdbg.Vmcs:
     return vtdbg.Vmcs.from_page(vtdbg.memory_from_segments(segments).read_page(VMCS))
 
 
+def started(kernel: Kernel) -> KdStub:
+    stub = KdStub(kernel)
+    stub.start()
+    return stub
+
+
 @pytest.fixture(scope="module")
-def engines(lab: Lab, memories: Dict[str, Segments], windows_dumps: Dict[str, Path], dumps_dir: Path) -> Iterator[Engines]:
-    """Every session at the same time: "intel dump", "amd live", ..."""
-    pool = ThreadPoolExecutor(2)
-    started = {}
+def engines(lab: Lab, memories: Dict[str, Segments], windows_dumps: Dict[str, Path], dumps_dir: Path, pool: ThreadPoolExecutor) -> Engines:
+    """Every session at the same time: "intel dump", "amd live", ..., and "faults"."""
+    # With the VMCS of the fixture as the current one of the live kernel's processor.
+    fields = {item.field.encoding: item.value for item in vmcs_of(memories["intel"]).values()}
+    sessions = {}
     for name, commands in COMMANDS.items():
-        # With the VMCS of the fixture as the current one of the live kernel's processor.
-        current = VmxRoot({item.field.encoding: item.value for item in vmcs_of(memories["intel"]).values()})
-        stub = KdStub(Kernel(wrap(memories[name]), {0x480: 0xDA040000000016}, current))
-        stub.start()
-        live = [{"backend": "ctypes", "words": words.split()} for words in [*commands, MISSING, *INJECTED[name]]]
-        live += [{"backend": "pykd", "words": words.split()} for words in (commands[0], commands[-1])]
-        started[f"{name} live"] = pool.submit(ask, lab, dumps_dir, f"kd:{stub.connection}", live, stub)
-        both = [{"backend": backend, "words": words.split()} for backend in ("ctypes", "pykd") for words in [*commands, MISSING]]
-        both.append({"backend": "ctypes", "words": [*commands[0].split(), "--width", "79"], "interrupt": True})
-        started[f"{name} dump"] = pool.submit(ask, lab, dumps_dir, windows_path(windows_dumps[name]), both)
-    yield started
-    pool.shutdown()
+        stub = started(Kernel(wrap(memories[name]), {0x480: 0xDA040000000016}, VmxRoot(fields)))
+        live = [{"backend": "ctypes", "words": words} for words in [*commands, MISSING, *INJECTED[name]]]
+        live += [{"backend": "pykd", "words": words} for words in (commands[0], *PYKD_LIVE[name], commands[-1])]
+        sessions[f"{name} live"] = pool.submit(ask, lab, dumps_dir, f"kd:{stub.connection}", live, stub)
+    page = vtdbg.memory_from_segments(memories["intel"]).read_page(VMCS)
+    stub = started(Kernel(wrap([(VMCS, page)], empty=[(0x100000, 0x400000)]), {0x480: 0xDA040000000016}, VmxRoot(fields)))
+    sessions["faults"] = pool.submit(ask, lab, dumps_dir, f"kd:{stub.connection}", list(FAULTS.values()), stub)
+    for name, commands in COMMANDS.items():
+        both: List[Request] = [{"backend": backend, "words": words} for backend in ("ctypes", "pykd") for words in [*commands, MISSING]]
+        both.append({"backend": "ctypes", "words": f"{commands[0]} --width 79", "interrupt": 0})
+        both += [{"backend": backend, "words": "msr read 0x480"} for backend in ("ctypes", "pykd")]
+        sessions[f"{name} dump"] = pool.submit(ask, lab, dumps_dir, windows_path(windows_dumps[name]), both)
+    return sessions
 
 
 def by_core(path: Path, words: str) -> Tuple[int, str]:
@@ -261,31 +310,118 @@ def test_injection_needs_a_yes(engines: Engines) -> None:
 
 
 def test_rdmsr_is_the_engines_own(engines: Engines) -> None:
-    """Nothing is injected for it; an MSR that the target refuses is one line."""
-    live = engines["intel live"].result()
-    status, text = live.by_command["ctypes", "msr read 0xc0000080 0x480"]
-    assert status == 0 and "0x0000000000000d01" in text and "0x00da040000000016" in text
-    status, text = live.by_command["ctypes", "msr read 0x490"]
-    assert status == 2 and text.startswith("vt: MSR 0x490: the target refuses RDMSR") and text.count("\n") == 1
+    """Nothing is injected for it; an MSR that the target refuses is one line, and so is one of a dump."""
+    live, faults, dump = engines["intel live"].result(), fault(engines), engines["intel dump"].result()
+    for status, text in (live.by_command["ctypes", "msr read 0xc0000080 0x480"], faults["MSR, pykd"]):
+        assert status == 0 and "0x0000000000000d01" in text and "0x00da040000000016" in text
+    for status, text in (live.by_command["ctypes", "msr read 0x490"], faults["no such MSR, pykd"]):
+        assert status == 2 and text.startswith("vt: MSR 0x490: the target refuses RDMSR") and text.count("\n") == 1
+    for backend in ("ctypes", "pykd"):
+        status, text = dump.by_command[backend, "msr read 0x480"]
+        assert status == 2 and text.startswith("vt: the debugger's session is a dump: this needs a live") and text.count("\n") == 1
+
+
+# --- faults, live -----------------------------------------------------------------------------------------------------------------
+
+
+def fault(engines: Engines) -> Dict[str, Tuple[int, str]]:
+    session = engines["faults"].result()
+    assert session.stub is not None and session.stub.failure is None
+    return dict(zip(FAULTS, session.in_order))
+
+
+def test_a_running_target_is_refused(engines: Engines) -> None:
+    """The machine runs, as the kernel's side sees it; nothing is read of it, and after the break-in everything is as before."""
+    answers, stub = fault(engines), engines["faults"].result().stub
+    for name in ("told to run", "told to run, pykd", "runs"):
+        assert answers[name] == (2, "vt: the target is running: break in first (Ctrl-Break)\n"), name
+    assert stub is not None and stub.ran == 1
+    status, text = answers["broken into"]
+    assert status == 0 and "0x000006826000  0x000000000000002b" in text
+
+
+def test_a_search_that_takes_hours_is_not_begun(engines: Engines, memories: Dict[str, Segments]) -> None:
+    """16 GiB over KD; a part of it is searched."""
+    answers = fault(engines)
+    status, text = answers["long search"]
+    assert status == 2 and text.count("\n") == 1
+    assert re.match(r"vt: searching 16 GiB takes about \d+ (hours|days?) through this connection \(\d+\.\d MB/s\): give the address", text), text
+    status, text = answers["part of it"]
+    assert status == 0 and re.search(r"^0x6826000 +vmcs ", text, re.MULTILINE)
+
+
+def test_vmread_without_a_patch(engines: Engines, memories: Dict[str, Segments]) -> None:
+    """The hypervisor's own VMREAD RAX, RDX is stepped, for every field; no code is written."""
+    answers, stub = fault(engines), engines["faults"].result().stub
+    status, text = answers["no patch"]
+    assert status == 0, text
+    read = {row["name"]: int(row["value"], 16) for group in json.loads(text)["vmcs"] for row in group["fields"]}
+    page = {item.field.name: item.value for item in vmcs_of(memories["intel"]).values()}
+    assert {name: value for name, value in page.items() if value} == {name: value for name, value in read.items() if value}
+    assert stub is not None and isinstance(stub.kernel.execute, VmxRoot)
+    # At RIP there are only those of the injection that was broken off.
+    assert stub.kernel.execute.executed[VMREAD_AT] >= len(page) and stub.kernel.execute.executed.get(CODE, 0) <= 20
+
+
+def test_ctrl_break_during_an_injection_leaves_the_target_as_it_was(engines: Engines, memories: Dict[str, Segments]) -> None:
+    """With an interrupt waiting the engine refuses virtual memory, which would keep the target from being put back."""
+    answers, stub = fault(engines), engines["faults"].result().stub
+    assert answers["broken injection"] == answers["Ctrl-Break"] == (2, "vt: interrupted (Ctrl-Break)\n")
+    assert stub is not None and isinstance(stub.kernel.execute, VmxRoot)
+    assert 0 < stub.kernel.execute.executed[CODE] <= 20
+    kernel, fresh = stub.kernel, Kernel(wrap([(VMCS, bytes(PAGE))], empty=[(0x100000, 0x400000)]))
+    assert bytes(kernel.context[0][:0x100]) == bytes(fresh.context[0][:0x100])
+    assert kernel.image.read_linear(CODE - 16, 0x100) == fresh.image.read_linear(CODE - 16, 0x100)
+
+
+def test_registers_of_every_processor(engines: Engines) -> None:
+    """As the kernel's KPRCBs say, through both backends, of a dump and live; EFER and the other MSRs live only."""
+    for kind in ("dump", "live"):
+        for found in engines[f"intel {kind}"].result().end["registers"].values():
+            for number, registers in enumerate(found):
+                area = PCR + number * PCR_STRIDE
+                expected = {"rip": NT + 0x1000 + number, "cr0": 0x80050031, "cr4": 0x426F8, "cr8": CR8, "gdtr_base": area + GDT, "gdtr_limit": 0x4F,
+                            "idtr_base": area + IDT, "idtr_limit": 0x7FF, "tr_selector": 8 * TSS_SLOT, "ldtr_selector": LDT_SELECTOR}
+                assert {name: registers[name] for name in expected} == expected
+                assert registers["cr3"] > 0 and registers["cr3"] % PAGE == 0
+                assert registers["efer"] == (0xD01 if kind == "live" else None)
+                assert registers["gs_base"] == (PCR if kind == "live" else None) and registers["lstar"] is None
 
 
 @pytest.fixture(scope="module")
-def debugger(lab: Lab, windows_dumps: Dict[str, Path], dumps_dir: Path, engines: Engines) -> Dict[str, str]:
+def debugger(lab: Lab, windows_dumps: Dict[str, Path], dumps_dir: Path, engines: Engines, pool: ThreadPoolExecutor) -> "Future[Dict[str, str]]":
     """A session in the debugger's own process: pykd loaded, the alias as `vtdbg windbg` says, commands typed.  Command -> output."""
-    for session in engines.values():
-        session.result()
-    folder = dumps_dir / "script"
-    told = lab.run_python("program.py", "vtdbg", "windbg", "--out", windows_path(folder))
+    return pool.submit(typed_commands, lab, windows_dumps["intel"], dumps_dir)
+
+
+@pytest.fixture(scope="module")
+def output(debugger: "Future[Dict[str, str]]") -> Dict[str, str]:
+    return debugger.result()
+
+
+SCRIPTS = ("modules", "reading", "writing", "reading_by_pykd")
+
+
+def typed_commands(lab: Lab, dump: Path, folder: Path) -> Dict[str, str]:
+    told = lab.run_python("program.py", "vtdbg", "windbg", "--out", windows_path(folder / "script"))
     typed = [line for line in told.splitlines() if line.startswith((".load", ".prefer_dml", "aS "))]
     assert len(typed) == 3, told
     commands = [typed[0], typed[2], "vt vmcs get GUEST_RIP --at 0x6826000", 'vt vmcs get "GUEST_RIP" --at "0x6826000"',
                 "vt gdt decode 0x00209b0000000000", "~1s", "vt gdt dump --cpu 0",
                 "r rip", "vt exit reasons", "vt phys @rip-@rip+0x6826000", "vt vmcs get NOBODY", "vt", typed[1], "!dml vt vmcs list",
-                "!dml vt ept walk 0x1000 --vmcs 0x6826000", "!dml vt vmcs get GUEST_RIP --json --at 0x6826000", ".prefer_dml 0",
-                "!dml vt vmcs list --width 81"]
+                "!dml vt ept walk 0x1000 --vmcs 0x6826000", "!dml vt vmcs dump 0x6826000 --layout bochs_2.7",
+                "!dml vt vmcs get GUEST_RIP --json --at 0x6826000", ".prefer_dml 0", "!dml vt vmcs list --width 81"]
     commands += [f"{command} --width 80" for _, command, _ in documented()]
-    outputs = lab.run_host(windows_path(windows_dumps["intel"]), *commands)
-    return {command.replace("!dml ", "dml "): output for command, output in zip(commands, outputs)}
+    # The bare pykd.pyd gives scripts no arguments.
+    program = (HERE / "in_debugger.py").read_text()
+    for name in SCRIPTS:
+        script = folder / f"{name}.py"
+        paths = [windows_path(path) for path in (ROOT, ROOT / "windbg_plugin")]
+        script.write_text(f"import sys\nsys.path[:0] = [path for path in {paths!r} if path not in sys.path]\nsys.argv = ['', {name!r}]\n{program}")
+        commands.append(f"!py -g {windows_path(script)}")
+    outputs = lab.run_host(windows_path(dump), *commands)
+    shown = [*(command.replace("!dml ", "dml ") for command in commands[:-len(SCRIPTS)]), *SCRIPTS]
+    return dict(zip(shown, outputs))
 
 
 def documented() -> List[Tuple[Path, str, str]]:
@@ -294,96 +430,152 @@ def documented() -> List[Tuple[Path, str, str]]:
             for found in re.finditer(r"^```\nkd> (vt [^\n]*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)]
 
 
-def test_documented_sessions_are_real(debugger: Dict[str, str]) -> None:
+def test_documented_sessions_are_real(output: Dict[str, str]) -> None:
     """What README.md and docs/windbg.md show is what the debugger prints.  VTDBG_UPDATE_GOLDEN=1 rewrites them."""
     assert len(documented()) >= 4
     for path, command, text in documented():
-        real = debugger[f"{command} --width 80"].strip("\n") + "\n"
+        real = output[f"{command} --width 80"].strip("\n") + "\n"
         if os.environ.get("VTDBG_UPDATE_GOLDEN"):
             path.write_text(path.read_text().replace(f"```\nkd> {command}\n{text}```", f"```\nkd> {command}\n{real}```"))
         else:
             assert text == real, f"{path.name}: {command}"
 
 
-def test_the_alias_carries_the_words(debugger: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+def test_the_alias_carries_the_words(output: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
     """`!py` of the bare pykd.pyd passes empty strings; through the alias the words arrive, quoted ones too, and no word of an earlier command."""
     words = "vmcs get GUEST_RIP --at 0x6826000"
-    assert body(debugger[f"vt {words}"].rstrip("\n")) == body(by_core(windows_dumps["intel"], words)[1])
-    assert debugger['vt vmcs get "GUEST_RIP" --at "0x6826000"'] == debugger[f"vt {words}"]
-    assert "code" in debugger["vt gdt decode 0x00209b0000000000"]
-    assert debugger["vt"].startswith("usage: vt GROUP VERB")
+    assert body(output[f"vt {words}"].rstrip("\n")) == body(by_core(windows_dumps["intel"], words)[1])
+    assert output['vt vmcs get "GUEST_RIP" --at "0x6826000"'] == output[f"vt {words}"]
+    assert "code" in output["vt gdt decode 0x00209b0000000000"]
+    assert output["vt"].startswith("usage: vt GROUP VERB")
 
 
-def test_the_users_processor_stays_selected(debugger: Dict[str, str]) -> None:
+def test_the_users_processor_stays_selected(output: Dict[str, str]) -> None:
     """After ~1s a command that looks at processor 0 leaves the debugger at processor 1, whose RIP is another."""
-    assert "GDT of processor 0" in debugger["vt gdt dump --cpu 0"]
-    assert debugger["r rip"].strip() == "rip=fffff80000001001"
+    assert "GDT of processor 0" in output["vt gdt dump --cpu 0"]
+    assert output["r rip"].strip() == "rip=fffff80000001001"
 
 
-def test_expressions_of_the_debugger_are_numbers(debugger: Dict[str, str]) -> None:
-    assert "0x000006826000" in debugger["vt phys @rip-@rip+0x6826000"]
+def test_expressions_of_the_debugger_are_numbers(output: Dict[str, str]) -> None:
+    assert "0x000006826000" in output["vt phys @rip-@rip+0x6826000"]
 
 
-def test_a_typo_is_one_line(debugger: Dict[str, str]) -> None:
-    assert debugger["vt vmcs get NOBODY"].strip() == "vt: unknown VMCS field 'NOBODY'"
+def test_a_typo_is_one_line(output: Dict[str, str]) -> None:
+    assert output["vt vmcs get NOBODY"].strip() == "vt: unknown VMCS field 'NOBODY'"
 
 
-def test_long_output_arrives_whole(debugger: Dict[str, str]) -> None:
+def test_long_output_arrives_whole(output: Dict[str, str]) -> None:
     """dbgeng keeps 16,383 characters of one call."""
     session = Session(program="vt")
     whole = run_words(["exit", "reasons"], session, lambda report, options: render_text(report, 80)).text
     assert len(whole) > 16383
-    assert debugger["vt exit reasons"].strip() == whole.strip()
+    assert output["vt exit reasons"].strip() == whole.strip()
 
 
-def test_dml_reaches_the_window(debugger: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+def test_dml_reaches_the_window(output: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
     """The engine delivers what it parsed as DML (\\x03); what is shown is the plain text; a click on a VMCS runs the next command."""
-    told = debugger["dml vt vmcs list"].replace("\x03", "").replace("\x04", "")
+    told = output["dml vt vmcs list"].replace("\x03", "").replace("\x04", "")
     assert '<exec cmd="vt vmcs dump 0x6826000">0x6826000</exec>' in told
     assert body(re.sub(r"<[^>]*>", "", told).rstrip("\n")) == body(by_core(windows_dumps["intel"], "vmcs list")[1])
-    walk = debugger["dml vt ept walk 0x1000 --vmcs 0x6826000"]
+    walk = output["dml vt ept walk 0x1000 --vmcs 0x6826000"]
     assert re.search(r'<exec cmd="vt phys 0x[0-9a-f]+">0x001e3d000</exec>', walk)
 
 
-def test_json_and_plain_text_have_no_tags(debugger: Dict[str, str]) -> None:
-    assert "<" not in debugger["dml vt vmcs get GUEST_RIP --json --at 0x6826000"]
-    assert "<" not in debugger["dml vt vmcs list --width 81"]
+def test_the_fields_of_a_vmcs_are_links(output: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+    """Addresses run the command that shows what lies there, with the layout that the user forced."""
+    told = output["dml vt vmcs dump 0x6826000 --layout bochs_2.7"].replace("\x03", "").replace("\x04", "")
+    for command in ("ept dump --eptp 0x685105e", "msrbitmap dump --at 0x6827000", "exit explain 0x6826000", "gdt dump --vmcs 0x6826000"):
+        assert f'<exec cmd="vt {command} --layout bochs_2.7">' in told
+    core = by_core(windows_dumps["intel"], "vmcs dump 0x6826000 --layout bochs_2.7")[1]
+    assert body(html.unescape(re.sub(r"<[^>]*>", "", told)).rstrip("\n")) == body(core)
 
 
-def test_sessions_that_cannot_work_are_refused_in_one_line(lab: Lab, debugger: Dict[str, str], dumps_dir: Path) -> None:
-    """No target, a user-mode process, a 32-bit kernel: each is opened for real."""
+def test_ctrl_break_in_the_debugger_is_one_line(output: Dict[str, str]) -> None:
+    """While memory is read, and between two pieces of output; where the engine's interrupt is pykd's to take it comes as SystemExit."""
+    for name in ("reading", "writing", "reading_by_pykd"):
+        lines = [line for line in output[name].splitlines() if line.startswith(("vt:", "status"))]
+        assert lines == ["vt: interrupted (Ctrl-Break)", "status 2"], output[name]
+        assert "Traceback" not in output[name]
+    assert "host RIP" not in output["reading"] + output["reading_by_pykd"]
+    assert 15000 < len(output["writing"]) < len(output["vt exit reasons"])
+
+
+def test_as_the_bootstrapper_runs_it(output: Dict[str, str], windows_dumps: Dict[str, Path]) -> None:
+    """`!py -g -m vtdbg_windbg WORDS`: by runpy, with an empty argv[0], below 500 calls; a refusal is a line, not a traceback of SystemExit."""
+    parts = output["modules"].split("[-m ")[1:]
+    told = {words: text.rstrip("\n") for words, _, text in (part.partition("]\n") for part in parts)}
+    for words in ("vmcs get GUEST_RIP --at 0x6826000", "vmcs dump 0x6826000"):
+        assert body(told[words]) == body(by_core(windows_dumps["intel"], words)[1])
+    assert told["vmcs get NOBODY"] == "vt: unknown VMCS field 'NOBODY'"
+
+
+def test_json_and_plain_text_have_no_tags(output: Dict[str, str]) -> None:
+    assert "<" not in output["dml vt vmcs get GUEST_RIP --json --at 0x6826000"]
+    assert "<" not in output["dml vt vmcs list --width 81"]
+
+
+NO_USE = {
+    "-": "vt: the debugger has no target: open a kernel dump (-z MEMORY.DMP) or attach to a kernel",
+    "process": "vt: a user-mode session has no physical memory and no control registers: open a kernel dump or attach to a kernel",
+    "x86": "vt: the target is 32-bit x86, not x86-64: its hypervisor structures are not read here",
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(lab: Lab, dumps_dir: Path, debugger: "Future[Dict[str, str]]", pool: ThreadPoolExecutor) -> "Dict[str, Future[List[str]]]":
+    """What both backends say in sessions of no use."""
     old = dumps_dir / "x86.dmp"
     old.write_bytes(dumps.windows32([(0x1000, bytes(0x20000))]))
-    alias = f"aS vt $$>a<{windows_path(dumps_dir / 'script' / 'vt.wds')}"
-    expected = {
-        "-": "vt: the debugger has no target: open a kernel dump (-z MEMORY.DMP) or attach to a kernel",
-        f"proc:{windows_path(lab.python / 'python.exe')}":
-            "vt: a user-mode session has no physical memory and no control registers: open a kernel dump or attach to a kernel",
-        windows_path(old): "vt: the target is 32-bit x86, not x86-64: its hypervisor structures are not read here",
+    targets = {"-": "-", "process": f"proc:{windows_path(lab.python / 'python.exe')}", "x86": windows_path(old)}
+
+    def typed(target: str) -> List[str]:
+        debugger.result()
+        alias = f"aS vt $$>a<{windows_path(dumps_dir / 'script' / 'vt.wds')}"
+        return lab.run_host(target, lab.load, alias, "vt vmcs list", "vt --backend pykd vmcs list")[2:]
+
+    return {name: pool.submit(typed, target) for name, target in targets.items()}
+
+
+@pytest.mark.parametrize("name", NO_USE)
+def test_sessions_that_cannot_work_are_refused_in_one_line(name: str, refusals: "Dict[str, Future[List[str]]]") -> None:
+    """No target, a user-mode process, a 32-bit kernel: each is opened for real, and asked through both backends."""
+    for told in refusals[name].result():
+        assert [found for found in told.splitlines() if found.startswith("vt:")] == [NO_USE[name]], told
+        assert "Traceback" not in told
+
+
+@pytest.fixture(scope="module")
+def others(lab: Lab, windows_dumps: Dict[str, Path], refusals: "Dict[str, Future[List[str]]]", pool: ThreadPoolExecutor) -> "Dict[str, Future[str]]":
+    """`python -m vtdbg_windbg` beside the debugger: on a dump, at the `.server` of a debugger, and by itself."""
+    dump = windows_path(windows_dumps["intel"])
+
+    def remote() -> str:
+        port = free_port()
+        with ThreadPoolExecutor(1) as beside:
+            server = beside.submit(lab.run_host, dump, f".server tcp:port={port}", "!serve 8000")
+            try:
+                wait_for(port)
+                return lab.run_python("program.py", "vtdbg_windbg", "--remote", f"tcp:server=127.0.0.1,port={port}", *WALK.split())
+            finally:
+                server.result()
+
+    return {
+        "remote": pool.submit(remote),
+        "own": pool.submit(lab.run_python, "program.py", "vtdbg_windbg", "-z", dump, *WALK.split()),
+        "lonely": pool.submit(lab.run_python, "program.py", "vtdbg_windbg", "vmcs", "list"),
+        "module": pool.submit(lab.run_module, "vtdbg_windbg", "-z", dump, *WALK.split()),
     }
-    for target, line in expected.items():
-        output = lab.run_host(target, lab.load, alias, "vt vmcs list")[-1]
-        assert [found for found in output.splitlines() if found.startswith("vt:")] == [line], output
-        assert "Traceback" not in output
 
 
-def test_a_python_of_its_own_opens_a_dump_or_a_server(lab: Lab, windows_dumps: Dict[str, Path], debugger: Dict[str, str]) -> None:
+WALK = "ept walk 0x1000 --vmcs 0x6826000"
+
+
+def test_a_python_of_its_own_opens_a_dump_or_a_server(windows_dumps: Dict[str, Path], others: "Dict[str, Future[str]]") -> None:
     """Without pykd: `-z DUMP`, and `--remote` to the `.server` of a debugger; for Pythons that pykd is not made for."""
-    dump, words = windows_path(windows_dumps["intel"]), "ept walk 0x1000 --vmcs 0x6826000"
-    core = by_core(windows_dumps["intel"], words)[1]
-    own = lab.run_python("program.py", "vtdbg_windbg", "-z", dump, *words.split())
-    assert body(own) == body(core) + "\nstatus 0"
-    port = free_port()
-    with ThreadPoolExecutor(1) as pool:
-        server = pool.submit(lab.run_host, dump, f".server tcp:port={port}", "!serve 10000")
-        try:
-            wait_for(port)
-            other = lab.run_python("program.py", "vtdbg_windbg", "--remote", f"tcp:server=127.0.0.1,port={port}", *words.split())
-        finally:
-            server.result()
-    assert body(other) == body(core) + "\nstatus 0"
-    lonely = lab.run_python("program.py", "vtdbg_windbg", "vmcs", "list")
-    assert lonely.strip().splitlines()[0].startswith("vt: this Python does not run in a debugger")
+    core = by_core(windows_dumps["intel"], WALK)[1]
+    assert body(others["own"].result()) == body(others["remote"].result()) == body(core) + "\nstatus 0"
+    assert body(others["module"].result()) == body(core).rstrip("\n")
+    assert others["lonely"].result().strip().splitlines()[0].startswith("vt: this Python does not run in a debugger")
 
 
 def wait_for(port: int) -> None:

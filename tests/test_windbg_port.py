@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "windbg_plugin"))
 
 from vtdbg_windbg.alias import words_of
 from vtdbg_windbg.app import carried, execute, main, split_options
-from vtdbg_windbg.engine import Debuggee, Engine, EngineError, check
+from vtdbg_windbg.engine import Debuggee, Engine, EngineError, Interrupted, check
 from vtdbg_windbg.port import DbgEngPort
 from vtdbg_windbg.target import machine_of
 
@@ -205,6 +205,43 @@ def test_a_click_looks_at_the_same_source_by_the_same_layout() -> None:
     options = {"source": "C:\\my dumps\\a.dmp", "format": None, "layout": "haswell", "caps": None, "width": 100, "json": False}
     assert carried(options) == '--source "C:\\my dumps\\a.dmp" --layout haswell'
     assert carried({}) == ""
+
+
+def test_an_interrupt_does_not_keep_a_target_from_being_put_back() -> None:
+    """The engine refuses virtual memory while one waits: it is taken, the access repeated, and the next step reports it, once."""
+    engine = Numbers([0x1000])
+    real_read, real_write = engine.read_virtual, engine.write_virtual
+
+    def taken() -> bool:
+        engine.stop, before = False, engine.stop
+        return before
+
+    def write(address: int, data: bytes) -> int:
+        if engine.stop:
+            raise EngineError("refused")
+        return real_write(address, data)
+
+    engine.interrupted = taken  # type: ignore[method-assign]
+    engine.read_virtual = lambda address, size: b"" if engine.stop else real_read(address, size)  # type: ignore[method-assign]
+    engine.write_virtual = write  # type: ignore[method-assign]
+    port = DbgEngPort(engine)
+    engine.stop = True
+    assert port.read_virtual(8, 8) == struct.pack("<Q", 0x10)
+    engine.stop = True
+    port.write_virtual(8, b"x")
+    assert engine.calls == ["write 0x8"]
+    with pytest.raises(Interrupted):
+        port.step()
+    port.step()
+    assert engine.calls == ["write 0x8", "step"]
+
+
+def test_output_stops_between_two_pieces() -> None:
+    engine = Numbers([])
+    engine.write = lambda words, dml=False: (engine.calls.append(words), setattr(engine, "stop", True))[0]  # type: ignore[method-assign, func-returns-value]
+    with pytest.raises(Interrupted):
+        execute(engine, ["exit", "reasons"], dml=False)
+    assert len(engine.calls) == 1
 
 
 def test_words_of_the_alias_come_in_the_order_of_their_numbers() -> None:

@@ -20,7 +20,7 @@ BUILD, TIMESTAMP = 7601, 0x4CE7951A
 
 # The kernel's image: what is at which offset.
 NT, NT_PAGES = 0xFFFFF80000000000, 0x60
-CODE, MODULES, MODULE, NAMES, PROCESSES = (NT + offset for offset in (0x1000, 0x2000, 0x2100, 0x2300, 0x2800))
+CODE, VMREAD_AT, MODULES, MODULE, NAMES, PROCESSES = (NT + offset for offset in (0x1000, 0x1080, 0x2000, 0x2100, 0x2300, 0x2800))
 PROCESSOR_BLOCK, DEBUGGER_BLOCK, VARIABLES, STACK, PCR = (NT + offset for offset in (0x3000, 0x4000, 0x5000, 0x9000, 0x10000))
 HIGHEST_PAGE, POOL, BUILD_NAME, BUGCHECK, MEMORY_BLOCK, DESCRIPTOR = (VARIABLES + offset for offset in (0, 0x100, 0x200, 0x300, 0x400, 0x408))
 # Within the area of one processor, and within its KPRCB.
@@ -39,6 +39,7 @@ GENERAL = {name: 0x78 + 8 * index for index, name in enumerate(
 # The GDT: 64-bit kernel code (without it dbgeng takes the processor for an x86), data, user code and data, and a 64-bit TSS in two slots.
 DESCRIPTORS = {2: 0x00209B0000000000, 3: 0x00CF93000000FFFF, 4: 0x00CFFB000000FFFF, 5: 0x00CFF3000000FFFF, 6: 0x0020FB0000000000}
 TSS_SLOT, TSS_AT, TSS_LIMIT = 8, 0x6000, 0x67
+LDT_SELECTOR, CR8 = 0x70, 2
 
 
 def context(rip: int, rsp: int, **registers: int) -> bytes:
@@ -54,7 +55,7 @@ def context(rip: int, rsp: int, **registers: int) -> bytes:
 def special_registers(cr3: int, pcr: int) -> bytes:
     """KSPECIAL_REGISTERS: CR0-CR4, DR0-DR7, GDTR, IDTR, TR, LDTR, MXCSR, CR8, GS bases, STAR, LSTAR, CSTAR, FMASK."""
     data = struct.pack("<4Q6Q", 0x80050031, 0, cr3, 0x426F8, 0, 0, 0, 0, 0xFFFF0FF0, 0x400)
-    data += struct.pack("<6xHQ6xHQHHI6Q", 8 * TSS_SLOT + 15, pcr + GDT, 0x7FF, pcr + IDT, 8 * TSS_SLOT, 0, 0x1F80, 0, 0, 0, 0, 0, 0)
+    data += struct.pack("<6xHQ6xHQHHI6Q", 8 * TSS_SLOT + 15, pcr + GDT, 0x7FF, pcr + IDT, 8 * TSS_SLOT, LDT_SELECTOR, 0x1F80, 0, 0, 0, 0, 0, CR8)
     data += struct.pack("<6Q", pcr, 0, 0x0023001000000000, NT + 0x1100, NT + 0x1200, 0x4700)
     return data.ljust(0xE0, b"\0")
 
@@ -169,13 +170,14 @@ class Image:
         self.write(table + (linear >> 12 & 511) * 8, struct.pack("<Q", physical | 0x63))
 
 
-def wrap(segments: Iterable[Tuple[int, bytes]], cpus: int = 2) -> Image:
-    """The segments (page-aligned physical address, bytes) as memory of a Windows machine whose kernel lies behind them."""
+def wrap(segments: Iterable[Tuple[int, bytes]], cpus: int = 2, empty: Sequence[Tuple[int, int]] = ()) -> Image:
+    """The segments (page-aligned physical address, bytes), and `empty` runs of pages, as memory of a Windows machine whose kernel lies behind."""
     image = Image(cpus=cpus)
     for address, data in sorted(segments):
         for offset in range(0, len(data), PAGE):
             image.pages[address + offset >> 12] = bytes(data[offset:offset + PAGE]).ljust(PAGE, b"\0")
         image.runs.append((address >> 12, (len(data) + PAGE - 1) // PAGE))
+    image.runs += empty
     meta = (image.end + 0x1FF) & ~0x1FF
     image.runs.append((meta, META_PAGES))
     if len(image.runs) > MAX_RUNS:
@@ -204,6 +206,7 @@ def _add_kernel(image: Image, meta: int) -> None:
 
     put(NT, portable_executable())
     put(CODE, bytes.fromhex("0f01c1 90 90 cc c3") + b"\x90" * 64)                    # vmcall; nop; nop; int3; ret
+    put(VMREAD_AT, bytes.fromhex("0f78d0 c3"))                                       # vmread rax, rdx; ret
     entry = bytearray(0xE0)                                                          # KLDR_DATA_TABLE_ENTRY
     struct.pack_into("<QQ", entry, 0, MODULES, MODULES)
     struct.pack_into("<QQI", entry, 0x30, NT, CODE, NT_PAGES * PAGE)

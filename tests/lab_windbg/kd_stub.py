@@ -1,6 +1,7 @@
 """The kernel's side of the KD protocol (serial framing, ReactOS' windbgkd.h and kdpacket.c) over TCP: a live machine for dbgeng out of an Image.
 
-The processors stand at a breakpoint.  Physical memory is read-only; "running" is one instruction, as `execute` says what that does.
+The processors stand at a breakpoint.  Physical memory is read-only; a step is one instruction, as `execute` says what that does; `g` lets
+the machine run until the debugger breaks in.
 """
 
 from __future__ import annotations
@@ -38,32 +39,36 @@ def skip_instruction(kernel: "Kernel", cpu: int) -> None:
 
 
 class VmxRoot:
-    """A processor in VMX root operation with a current VMCS: VMREAD RAX, RCX and VMWRITE RCX, RAX as the kernel's code at RIP.
+    """A processor in VMX root operation with a current VMCS: VMREAD and VMWRITE between registers, where the kernel's code at RIP is one.
 
-    `values` by encoding.  An encoding that is not among them fails with ZF and VM-instruction error 12 (SDM vol. 3, VMREAD; VM Instruction Error
-    Numbers).  RIP's code is what memory holds when the instruction is stepped: what the debugger wrote there.
+    `values` by encoding; `executed` counts the instructions by address.  An encoding that is not among them fails with ZF and VM-instruction error 12
+    (SDM vol. 3, VMREAD; VM Instruction Error Numbers).  RIP's code is what memory holds when the instruction is stepped: what the debugger wrote.
     """
 
-    VMREAD, VMWRITE, ERROR, FLAGS, RAX, RCX = b"\x0f\x78\xc8", b"\x0f\x79\xc8", 0x4400, 0x8D5, 0x78, 0x80
+    VMREAD, VMWRITE, ERROR, FLAGS, RAX = b"\x0f\x78", b"\x0f\x79", 0x4400, 0x8D5, 0x78
 
     def __init__(self, values: Mapping[int, int]) -> None:
         self.values, self.vmreads = dict(values), 0
+        self.executed: Dict[int, int] = {}
 
     def __call__(self, kernel: "Kernel", cpu: int) -> None:
-        context, code = kernel.context[cpu], kernel.image.read_linear(kernel.rip(cpu), 3)
-        if code not in (self.VMREAD, self.VMWRITE):
+        context, rip = kernel.context[cpu], kernel.rip(cpu)
+        code = kernel.image.read_linear(rip, 3)
+        if code[:2] not in (self.VMREAD, self.VMWRITE) or code[2] < 0xC0:
             return skip_instruction(kernel, cpu)
-        rax, rcx = (struct.unpack_from("<Q", context, at)[0] for at in (self.RAX, self.RCX))
-        flags = struct.unpack_from("<I", context, CONTEXT_FLAGS)[0] & ~self.FLAGS
-        if rcx not in self.values:
+        self.executed[rip] = self.executed.get(rip, 0) + 1
+        # ModRM (SDM vol. 2, VMREAD and VMWRITE): bits 5:3 are the register with the field's encoding, bits 2:0 the one with its value.
+        encoding, value = (self.RAX + 8 * (code[2] >> shift & 7) for shift in (3, 0))
+        field, flags = struct.unpack_from("<Q", context, encoding)[0], struct.unpack_from("<I", context, CONTEXT_FLAGS)[0] & ~self.FLAGS
+        if field not in self.values:
             flags, self.values[self.ERROR] = flags | 0x40, 12
-        elif code == self.VMWRITE:
-            self.values[rcx] = rax
+        elif code[:2] == self.VMWRITE:
+            self.values[field] = struct.unpack_from("<Q", context, value)[0]
         else:
             self.vmreads += 1
-            struct.pack_into("<Q", context, self.RAX, self.values[rcx])
+            struct.pack_into("<Q", context, value, self.values[field])
         struct.pack_into("<I", context, CONTEXT_FLAGS, flags)
-        return kernel.set_rip(cpu, kernel.rip(cpu) + 3)
+        return kernel.set_rip(cpu, rip + 3)
 
 
 class Kernel:
@@ -103,16 +108,19 @@ class Kernel:
 
 
 class KdStub(threading.Thread):
-    """Serves one debugger on a port of its own choice; `requests` counts the calls by number, `failure` is what ended it, if not the debugger."""
+    """Serves one debugger on a port of its own choice; `requests` counts the calls by number, `ran` how often the machine was let run, `failure`
+    is what ended it, if not the debugger."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__(daemon=True)
         self.kernel = kernel
         self.requests: Dict[int, int] = {}
         self.processors_seen: List[int] = []
+        self.ran = 0
         self.failure: Optional[Exception] = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._packet_id, self._last, self._buffer, self._waiting = FIRST_ID, b"", b"", b""
+        self._answered = 0
         self._peer: Optional[socket.socket] = None
 
     @property
@@ -180,21 +188,25 @@ class KdStub(threading.Thread):
         kind, size, packet_id, checksum = struct.unpack("<HHII", self._read(12))
         if leader == CONTROL:
             if kind == RESET:
-                self._packet_id = FIRST_ID
+                self._packet_id, self._answered = FIRST_ID, 0
                 self._send_control(RESET)
                 self._send_state(sync=SYNC)
-            elif kind == ACKNOWLEDGE:
+            elif kind == ACKNOWLEDGE and packet_id & ~SYNC == self._packet_id:
                 self._packet_id ^= 1
             elif kind == RESEND:
                 self._write(self._last)
-            return
+            return None
         data = self._read(size + 1)[:size]
         if sum(data) & 0xFFFFFFFF != checksum:
-            self._send_control(RESEND)
-            return
+            return self._send_control(RESEND)
         self._send_control(ACKNOWLEDGE, packet_id & ~SYNC)
+        if packet_id & ~SYNC == self._answered:
+            # Sent again by a debugger that got impatient: it was answered.
+            return self._write(b"")
+        self._answered = packet_id & ~SYNC
         if kind == STATE_MANIPULATE:
             self._manipulate(data)
+        return None
 
     def _manipulate(self, data: bytes) -> None:
         """One DBGKD_MANIPULATE_STATE64: number, level, processor, status, 40 bytes of arguments, then data."""
@@ -206,10 +218,13 @@ class KdStub(threading.Thread):
             self.processors_seen.append(cpu)
             self.kernel.current = cpu
             return self._send_state()
-        if api in (CONTINUE, CONTINUE2):
+        if api == CONTINUE2 and struct.unpack_from("<I", data, 20)[0]:
             self.kernel.execute(self.kernel, self.kernel.current)
-            tracing = api == CONTINUE2 and struct.unpack_from("<I", data, 20)[0]
-            return self._send_state(SINGLE_STEP if tracing else BREAKPOINT)
+            return self._send_state(SINGLE_STEP)
+        if api in (CONTINUE, CONTINUE2):
+            # The acknowledgement, and nothing more until the debugger breaks in.
+            self.ran += 1
+            return self._write(b"")
         if api == REBOOT:
             return self._write(b"")
         arguments = bytearray(data[16:56])

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, Iterator, List, Optional, Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -31,6 +32,9 @@ DOWNLOADS = (
      ("--no-binary=:all:",)),
 )
 OVERRIDES = "dbgeng,dbghelp,dbgmodel,symsrv,srcsrv,msdia140,mscoree=n;mshtml=;winemenubuilder.exe=d"
+
+
+KEEPER = "import ctypes; ctypes.windll.user32.GetDesktopWindow(); print(); input()"
 
 
 class Unavailable(Exception):
@@ -130,6 +134,12 @@ class Lab:
         start = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
         return self._run([str(self.python / "python.exe"), "-u", "-W", "error", "-c", start, windows_path(HERE / program), *arguments], timeout)
 
+    def run_module(self, module: str, *words: str, timeout: float = 90) -> str:
+        """What `python -m MODULE WORDS` prints; the embeddable Python itself imports from its own folder only."""
+        paths = [windows_path(path) for path in (ROOT, ROOT / "windbg_plugin")]
+        start = f"import sys, runpy; sys.path[:0] = {paths!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        return self._run([str(self.python / "python.exe"), "-c", start, *words], timeout)
+
     def run_host(self, target: str, *commands: str, timeout: float = 90) -> List[str]:
         """What the debugger prints for each command, in dbgeng's own process."""
         output = self._run([str(self.engine / "host.exe"), target, *commands], timeout)
@@ -137,6 +147,21 @@ class Lab:
         if len(parts) != len(commands) + 1:
             raise AssertionError(f"the debugger ended early: {output[-2000:]}")
         return [part.partition("\n")[2] for part in parts[1:]]
+
+    @contextmanager
+    def running(self) -> Iterator["Lab"]:
+        """Wine stays started: a program begins in a tenth of a second, not in two."""
+        assert self.wine is not None
+        waiting = subprocess.Popen([self.wine, str(self.python / "python.exe"), "-u", "-c", KEEPER], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._environment())
+        assert waiting.stdout is not None
+        # Wine's services and its desktop inherit the output of the program that started them.  It has to be this one: another's would not end
+        # before they do.
+        waiting.stdout.readline()
+        try:
+            yield self
+        finally:
+            waiting.communicate(b"\n")
 
     @property
     def load(self) -> str:

@@ -14,6 +14,9 @@ from vtdbg.report import Lines, Report, Value
 
 PACKAGES = ("vtdbg", "vtdbg_windbg", "tabulate", "capstone")
 SCRIPT, COMMANDS = "vt.py", "vt.wds"
+GLOBAL = "-g"
+"""In pykd's main interpreter.  In one of its own, which `!py` makes without it, the exception of a Ctrl-Break never arrives, and the debugger hangs
+when the script ends (measured: pykd 0.3.4.15 with CPython 3.9, whose pending calls belong to an interpreter)."""
 
 
 @verb(
@@ -27,13 +30,13 @@ def windbg(session: Session, out: Optional[str], bootstrapper: bool) -> Report:
     script empty words: a script that reads them from the engine's aliases, and an alias that calls it, make `vt ept walk 0x1000` work."""
     report = Report("windbg", python=["# python -m vtdbg_windbg -z MEMORY.DMP vmcs list"])
     if bootstrapper:
-        report.add(Lines("type", [".load pykd.dll", ".prefer_dml 1", "aS vt !py -m vtdbg_windbg", "vt ept walk 0x1000"],
+        report.add(Lines("type", [".load pykd.dll", ".prefer_dml 1", f"aS vt !py {GLOBAL} -m vtdbg_windbg", "vt ept walk 0x1000"],
                          title="Type in WinDbg (pykd.dll beside the debugger's extensions)", verbatim=True))
         return report
     folder = os.path.abspath(out or os.path.join(os.path.expanduser("~"), "vtdbg"))
     if any(character.isspace() for character in folder):
         raise UsageError(f"{folder}: `!py` takes no file with blanks in its name; name another folder with --out")
-    paths = [_written(folder, SCRIPT, _script()), _written(folder, COMMANDS, f"!py {os.path.join(folder, SCRIPT)}\n")]
+    paths = [_written(folder, SCRIPT, _script()), _written(folder, COMMANDS, f"!py {GLOBAL} {os.path.join(folder, SCRIPT)}\n")]
     report.add(Lines("written", paths, title="Written", verbatim=True))
     report.add(Lines("type", [f".load {_pykd()}", ".prefer_dml 1", f"aS vt $$>a<{paths[1]}", "vt ept walk 0x1000"],
                      title="Type in WinDbg, each line by itself", verbatim=True))

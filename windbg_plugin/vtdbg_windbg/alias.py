@@ -16,7 +16,7 @@ def words_of(listing: str) -> List[str]:
 
 def run() -> None:
     """What the script of `vtdbg windbg` calls."""
-    import pykd
+    import pykd  # type: ignore[import-not-found]
 
     from vtdbg_windbg.app import main
 

@@ -14,7 +14,7 @@ from vtdbg.machine import Machine
 from vtdbg.render.dml import ascii_only, chunks, render_dml
 from vtdbg.render.text import DEFAULT_WIDTH, render_text
 from vtdbg.report import BAD_INPUT, Report
-from vtdbg_windbg.engine import Engine
+from vtdbg_windbg.engine import INTERRUPTED, Engine, Interrupted
 from vtdbg_windbg.port import DbgEngPort
 from vtdbg_windbg.target import machine_of
 
@@ -99,7 +99,9 @@ def execute(engine: Engine, words: Sequence[str], dml: bool, prefix: str = "vt")
     plain = not dml or outcome.report is None or any(word in ("--json", "--python") for word in words)
     if outcome.error:
         engine.write(ascii_only(outcome.error) + "\n")
-    for piece in chunks(ascii_only(outcome.text), dml=not plain):
+    for number, piece in enumerate(chunks(ascii_only(outcome.text), dml=not plain)):
+        if number and engine.interrupted():
+            raise Interrupted(INTERRUPTED)
         engine.write(piece, dml=not plain)
     return outcome.status
 
@@ -113,10 +115,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except VtdbgError as error:
         print(f"vt: {error}")
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print("vt: interrupted (Ctrl-Break)")
-        return BAD_INPUT
-    except SystemExit as stop:
-        # pykd ends a script on Ctrl-Break by this exception.
-        print(f"vt: interrupted ({stop})")
+    except (KeyboardInterrupt, SystemExit):
+        # pykd ends a script on Ctrl-Break by SystemExit.
+        print(f"vt: {INTERRUPTED}")
         return BAD_INPUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import uuid
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from vtdbg_windbg.engine import EngineError
 
@@ -52,7 +52,7 @@ class Interface:
 
 def created(function: Any, *arguments: Any, what: str, identifier: str) -> Interface:
     """DebugCreate or DebugConnect: what they make, as an Interface."""
-    pointer: Optional[C.c_void_p] = C.c_void_p()
+    pointer = C.c_void_p()
     result = function(*arguments, interface_id(identifier), C.byref(pointer))
     if C.c_long(result).value < 0:
         raise EngineError(f"{what}: {result_text(result)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes as C
 import os
 import sys
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional
 
 from vtdbg.errors import UsageError
 from vtdbg_windbg.com import Interface, created
@@ -134,7 +134,7 @@ class CtypesEngine(Engine):
         return self._bytes(self._read_virtual, address, size)
 
     @staticmethod
-    def _bytes(read: "C._FuncPointer", address: int, size: int) -> bytes:
+    def _bytes(read: Callable[..., int], address: int, size: int) -> bytes:
         data, count = C.create_string_buffer(size), C.c_uint32()
         try:
             read(address, data, size, C.byref(count))

@@ -17,6 +17,9 @@ class Interrupted(TargetError):
     """Ctrl-Break."""
 
 
+INTERRUPTED = "interrupted (Ctrl-Break)"
+
+
 @dataclass(frozen=True)
 class Debuggee:
     """`kind`: "none", "user" or "kernel".  `machine` is the IMAGE_FILE_MACHINE_* of the processors, None where nobody says."""

@@ -6,7 +6,7 @@ from typing import Iterator, List, Optional, Tuple
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.memory.base import PAGE_SIZE, CachedMemory, PhysicalMemory, Range, merge_ranges
-from vtdbg_windbg.engine import Engine, EngineError, Interrupted
+from vtdbg_windbg.engine import INTERRUPTED, Engine, EngineError, Interrupted
 
 MISSING_IN_DUMP = "not in the dump"
 MISSING_LIVE = "the target does not answer for it"
@@ -61,7 +61,8 @@ class EngineMemory(PhysicalMemory):
     def views(self) -> Iterator[Tuple[int, memoryview]]:
         ranges = self.ranges()
         if ranges is None:
-            raise EngineError("which physical memory exists is not known (no MmPhysicalMemoryBlock), so nothing can be searched: give an address")
+            raise EngineError("which physical memory exists is not known (no MmPhysicalMemoryBlock), so nothing can be searched: "
+                              "give an address, or what to search (--scan A-B)")
         for start, length in ranges:
             at, end = start, start + length
             while at < end:
@@ -75,7 +76,7 @@ class EngineMemory(PhysicalMemory):
 
     def _stop_if_interrupted(self) -> None:
         if self._engine.interrupted():
-            raise Interrupted("interrupted (Ctrl-Break)")
+            raise Interrupted(INTERRUPTED)
 
 
 class EngineCache(CachedMemory):

@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Mapping, Optional
 from vtdbg.errors import UsageError
 from vtdbg.memory.base import Range
 from vtdbg.targets.port import GENERAL, Port, TargetError, Unsupported, unavailable
-from vtdbg_windbg.engine import Engine, EngineError, check
+from vtdbg_windbg.engine import INTERRUPTED, Engine, EngineError, Interrupted, check
 from vtdbg_windbg.memory import EngineCache, EngineMemory
 
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss")
@@ -45,6 +45,8 @@ class DbgEngPort(Port):
         self.debuggee = engine.debuggee()
         check(self.debuggee)
         self.memory = EngineCache(EngineMemory(engine, self.debuggee.dump))
+        self._interrupted = False
+        """A Ctrl-Break was taken that has not been reported."""
 
     @property
     def live(self) -> bool:
@@ -81,6 +83,8 @@ class DbgEngPort(Port):
 
     def read_virtual(self, address: int, size: int) -> bytes:
         data = self.engine.read_virtual(address, size) if size else b""
+        if len(data) < size and self._take_interrupt():
+            data = self.engine.read_virtual(address, size)
         if len(data) < size:
             raise unavailable(address + len(data), size - len(data), "not mapped, or not in the dump" if self.debuggee.dump else "not mapped")
         return data
@@ -89,11 +93,25 @@ class DbgEngPort(Port):
         self._writable()
         self.memory.drop()
         try:
-            count = self.engine.write_virtual(address, data)
+            count = self._written(address, data)
         except EngineError as error:
             raise unavailable(address, len(data), str(error)) from error
         if count < len(data):
             raise unavailable(address + count, len(data) - count, "the target refuses the write")
+
+    def _written(self, address: int, data: bytes) -> int:
+        try:
+            return self.engine.write_virtual(address, data)
+        except EngineError:
+            if not self._take_interrupt():
+                raise
+        return self.engine.write_virtual(address, data)
+
+    def _take_interrupt(self) -> bool:
+        """While a Ctrl-Break waits the engine refuses virtual memory, even to put a target back: it is taken, and the next step reports it."""
+        taken = self.engine.interrupted()
+        self._interrupted = self._interrupted or taken
+        return taken
 
     def _writable(self) -> None:
         if not self.live:
@@ -102,6 +120,10 @@ class DbgEngPort(Port):
     def step(self) -> None:
         if not self.live:
             raise Unsupported("a dump does not run")
+        self._take_interrupt()
+        if self._interrupted:
+            self._interrupted = False
+            raise Interrupted(INTERRUPTED)
         try:
             self.engine.step()
         finally:

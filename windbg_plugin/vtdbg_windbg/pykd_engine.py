@@ -23,7 +23,7 @@ class PykdEngine(Engine):
     name = "pykd"
 
     def __init__(self) -> None:
-        import pykd
+        import pykd  # type: ignore[import-not-found]
 
         self.pykd: Any = pykd
         self.inside = bool(pykd.isWindbgExt())
