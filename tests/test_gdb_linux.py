@@ -8,9 +8,11 @@ KVM's Intel objects stand in the memory of a processor model with VMX, where gcc
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -20,7 +22,9 @@ from support.livegdb import body, error, plugged, unavailable, vtdbg
 from support.vmxcpu import Unavailable as NoModel
 from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
+from vtdbg.errors import FormatError
 from vtdbg.linux.btf import Btf
+from vtdbg.linux.dwarf import unit
 from vtdbg.linux.symbols import STRUCTURES, btf_of
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
@@ -106,9 +110,10 @@ def members(types: Dict[int, Dict[str, Any]], structure: Dict[str, Any]) -> Iter
             yield member["name"], member["bits_offset"] // 8
 
 
-@pytest.mark.skipif(BPFTOOL is None, reason="LIVE TEST SKIPPED: needs bpftool")
 def test_types_in_gdb_are_the_kernels(lab: Smp, symbols: Path, vmlinux: Path) -> None:
     """Every member of KVM's structures is in GDB where bpftool, which is the kernel's own reader of BTF, says that it is; sizes too."""
+    if BPFTOOL is None:
+        unavailable("needs bpftool (apt-get install bpftool)")
     assert BPFTOOL is not None
     compared = 0
     with MiPort(f"127.0.0.1:{lab.port}") as gdb:
@@ -136,6 +141,48 @@ def test_btf_agrees_with_what_gdb_reads(lab: Smp, symbols: Path, vmlinux: Path) 
         for member in ("vmcb01.pa", "current_vmcb", "nested.vmcb02.ptr", "nested.vmcb12_gpa", "vcpu.vcpu_id", "vcpu.arch.apic"):
             assert gdb.evaluate(f"&((struct vcpu_svm *)0)->{member}") == amd.offset("vcpu_svm", member), member
     assert amd.offset("vcpu_svm", "no_such") is None and amd.offset("no_such", "x") is None
+
+
+def symbols_error(folder: Path, btf: bytes, kallsyms: bytes, *more: str) -> str:
+    """The one line that `kvm symbols` fails with."""
+    (folder / "btf").write_bytes(btf)
+    (folder / "kallsyms").write_bytes(kallsyms)
+    text = vtdbg("kvm", "symbols", str(folder / "btf"), "--kallsyms", str(folder / "kallsyms"), "--out", str(folder / "out"), *more, status=2)
+    assert text.count("\n") == 1 and "Traceback" not in text and not (folder / "out").exists()
+    return text
+
+
+def test_files_that_are_no_btf_or_no_kallsyms(vmlinux: Path, tmp_path: Path) -> None:
+    """Each kind of wrong file is one line that says what it is instead or what to do."""
+    good, names = vmlinux.read_bytes(), b"ffffffff81000000 T start_kernel\n"
+    assert "all its addresses are 0: read /proc/kallsyms as root" in symbols_error(tmp_path, good, b"0000000000000000 T start_kernel\n")
+    assert "no line of it is one of /proc/kallsyms" in symbols_error(tmp_path, good, b"nothing\n")
+    assert "neither BTF nor an ELF file" in symbols_error(tmp_path, b"nothing", names)
+    assert "the BTF is cut" in symbols_error(tmp_path, good[:100000], names)
+    assert "it has no .BTF" in symbols_error(tmp_path, Path("/bin/true").read_bytes(), names)
+    assert "compressed with zstd" in symbols_error(tmp_path, b"\x28\xb5\x2f\xfd" + bytes(100), names)
+    assert "no structure is called 'nonesuch'" in symbols_error(tmp_path, good, names, "--type", "nonesuch")
+    assert "give --kallsyms" in vtdbg("kvm", "symbols", str(vmlinux), status=2)
+
+
+def test_damaged_btf_is_an_error_or_a_file(lab: Smp, vmlinux: Path) -> None:
+    """Random bytes anywhere in a module's BTF: types that refer to themselves or to nothing end in one of our errors, in bounded time."""
+    base = Btf(vmlinux.read_bytes(), None, "vmlinux")
+    good = btf_of(str(lab.files.modules / "kvm-amd.ko"))
+    outcomes = set()
+    for seed in range(24):
+        chance, data = random.Random(seed), bytearray(good)
+        for _ in range(chance.choice((1, 4, 40, 1000))):
+            data[chance.randrange(24, len(data))] = chance.randrange(256)
+        started = time.monotonic()
+        try:
+            damaged = Btf(bytes(data), base, "damaged")
+            damaged.offset("vcpu_svm", "nested.vmcb02.pa")
+            outcomes.add("file" if unit(damaged, STRUCTURES, {"svm_data": 1}) else "nothing")
+        except FormatError:
+            outcomes.add("error")
+        assert time.monotonic() - started < 20, seed
+    assert outcomes == {"file", "error"}
 
 
 # --- one processor in a guest, one in the host ----------------------------------------------------------------------------------------
@@ -302,7 +349,7 @@ def test_a_gdb_of_our_own_gives_the_same(one: Smp, symbols: Path) -> None:
     common = ("-s", one.source, "--symbols", str(symbols), "--width", "150")
     with with_symbols(one, symbols) as gdb:
         gdb.execute("thread 2")
-        inside = {command: body(gdb.execute(command)) for command in ("kvm list", "vmcb dump", "vt where")}
+        inside = {command: body(gdb.execute(command)) for command in ("kvm list", "vmcb dump")}
         slow = body(gdb.execute("kvm list --no-fast"))
     assert slow.partition("read through")[0] == inside["kvm list"].partition("read through")[0]
     for command, text in inside.items():
@@ -320,6 +367,7 @@ def test_without_symbols_all_is_as_before(one: Smp) -> None:
         assert "current is" not in head(text) and text.count("VMCB at") >= 3
         assert "KVM's symbols in the debugger" in error(gdb, "kvm list")
         assert "KVM's symbols in the debugger" in error(gdb, "vmcb dump vcpu:1")
+        assert "in GDB: `add-symbol-file FILE`, `thread N`" in error(gdb, "vmcb list --thread 2")
     assert "sample" in vtdbg("vmcb", "dump", "vcpu:1", "-s", "sample:svm", status=2)
 
 

@@ -9,7 +9,8 @@ from typing import Iterator, Optional, Tuple
 
 import gdb
 
-from vtdbg.commands.session import Session
+from vtdbg.commands.session import OWN_GDB, Session
+from vtdbg.errors import UsageError
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.port import TargetGone
 from vtdbg.targets.stub import QUERY, SET
@@ -62,6 +63,10 @@ class GdbSession(Session):
             self._stack.enter_context(self._live.reading())
         self._live.refresh()
         return self._live
+
+    def _look_from(self, symbols: Tuple[str, ...], thread: Optional[int]) -> None:
+        if symbols or thread is not None:
+            raise UsageError(OWN_GDB)
 
     @property
     def has_machine(self) -> bool:

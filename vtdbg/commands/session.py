@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vtdbg.vmx.layouts import Layout
 
 SOURCE_VARIABLE = "VTDBG_SOURCE"
+OWN_GDB = "--symbols and --thread are for a gdb of our own (-s gdb:HOST:PORT); in GDB: `add-symbol-file FILE`, `thread N`"
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Session:
 
     def _look_from(self, symbols: Tuple[str, ...], thread: Optional[int]) -> None:
         if (symbols or thread is not None) and not (self.source or "").startswith("gdb:"):
-            raise UsageError("--symbols and --thread are for a gdb of our own (-s gdb:HOST:PORT); in GDB: `add-symbol-file FILE`, `thread N`")
+            raise UsageError(OWN_GDB)
         self.symbols, self.thread = symbols or self.symbols, thread if thread is not None else self.thread
         prepare = getattr(self._machine, "look_from", None)
         if prepare is not None and (symbols or thread is not None):
