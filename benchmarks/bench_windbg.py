@@ -1,10 +1,12 @@
 """WinDbg: everything that an EPT maps, read through dbgeng by ctypes and by pykd, on the same dump in the same process.
 
-  ctypes, pykd     the two backends of the plugin; each reads a table at once, pykd's as 512 numbers
-  pykd loadBytes   a table at once as 4096 bytes, the way of pykd's own examples
-  pykd an entry    each entry by itself
+  ctypes           the plugin's own way, inside pykd's process too: the engine reads a table into a buffer
+  pykd             the plugin's other backend (--backend pykd): a table at once, as 512 numbers
+  pykd loadBytes   a table at once as 4096 numbers, the way of pykd's own examples
+  pykd an entry    each entry by itself, the usual way of scripts
 
-Decoding costs the same each way and is in the first figure.  The engine, pykd and the Python (3.9) are those of Windows, under Wine.
+For each way what `ept dump` takes without printing, and what of it is reading: decoding costs the same each way, and no way of reading makes
+it go away.  The engine, pykd and the Python (3.9) are those of Windows, under Wine.
 bench_windbg.py [TABLES]: how many page tables of 512 pages (default 512).
 """
 
@@ -51,12 +53,12 @@ def main() -> int:
         output = lab.run_python("measure.py", windows_path(dump), f"{ROOT_AT | 0x5E:#x}", timeout=300)
     told = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     fast = told["ctypes"]
+    print(f"{fast['tables']} tables of {TABLES * 512} pages; reads of the engine a table: {fast['reads'] / fast['tables']:.2f}")
+    print(f"{'':15} {'EPT dump':>11} {'of it reading':>14}   ctypes is so many times as fast: EPT dump, reading")
     for name, one in told.items():
         assert (one["rows"], one["tables"]) == (fast["rows"], fast["tables"])
         whole, reading = one["seconds"], one["reading"]
-        print(f"{name:<15} {whole * 1e3:8.1f} ms, of which reading {reading * 1e3:8.1f} ms; "
-              f"ctypes is {whole / fast['seconds']:5.1f} times as fast, in reading {reading / fast['reading']:6.1f}")
-    print(f"{fast['tables']} tables of {TABLES * 512} pages; reads of the engine a table: {fast['reads'] / fast['tables']:.2f}")
+        print(f"{name:<15} {whole * 1e3:8.1f} ms {reading * 1e3:11.1f} ms   {whole / fast['seconds']:32.1f} {reading / fast['reading']:10.1f}")
     return 0
 
 

@@ -26,7 +26,7 @@ when the script ends (measured: pykd 0.3.4.15 with CPython 3.9, whose pending ca
     Opt("--bootstrapper", "flag", "only what to type with pykd's bootstrapper (pykd.dll), which needs no script"),
 )
 def windbg(session: Session, out: Optional[str], bootstrapper: bool) -> Report:
-    """With pykd's bootstrapper (pykd.dll) `!py -m vtdbg_windbg` works as it is.  With the bare pykd.pyd of the wheel on PyPI `!py` passes a
+    """With pykd's bootstrapper (pykd.dll) `!py -g -m vtdbg_windbg` works as it is.  With the bare pykd.pyd of the wheel on PyPI `!py` passes a
     script empty words: a script that reads them from the engine's aliases, and an alias that calls it, make `vt ept walk 0x1000` work."""
     report = Report("windbg", python=["# python -m vtdbg_windbg -z MEMORY.DMP vmcs list"])
     if bootstrapper:
