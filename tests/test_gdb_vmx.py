@@ -350,6 +350,20 @@ def test_through_ept(at_handler: MiPort) -> None:
     assert "not present" in error(at_handler, "print $hpa(0x800000)")
 
 
+def test_expressions_in_a_session_of_our_own(stub: VmxStub) -> None:
+    """`vtdbg -s gdb:` takes what GDB understands wherever an address is wanted; one line where that has no value."""
+    source = f"gdb:127.0.0.1:{stub.port}"
+    with MiPort(source[4:]) as gdb:
+        rip = gdb.registers()["rip"]
+    assert f"{rip:#014x}" in vtdbg("phys", "$rip", "2xb", "-s", source)
+    assert f"VMCS at {VMCS:#x}" in vtdbg("vmcs", "get", "HOST_RIP", "--at", f"{VMCS - 0x1000:#x}+0x1000", "-s", source)
+    for text, said in (("no_such_symbol", "no_such_symbol"), ("$nothing", "$nothing"), ("1/0", "1/0")):
+        for words in (("phys", text), ("vmcs", "dump", text)):
+            line = vtdbg(*words, "-s", source, status=2)
+            assert said in line and line.count("\n") == 1, line
+    assert "is not a number" in vtdbg("phys", "$rip", "-s", "sample:svm", status=2)
+
+
 def test_a_session_of_our_own(stub: VmxStub) -> None:
     text = vtdbg("vmcs", "dump", hex(VMCS), "--vmread", "--yes", "--group", "host", "-s", f"gdb:127.0.0.1:{stub.port}", status=None)
     assert "HOST_RIP" in text or "in the host only" in text

@@ -115,7 +115,7 @@ def _page(session: Session, page: str) -> bytes:
             raise FormatError(page, f"{'more than 4096' if len(data) > 4096 else len(data)} bytes: a file of one page has 4096; "
                                     "for a dump give the address, and the dump with -s")
         return data
-    return aligned_page(session, session.convert("address", page), "VMCS")
+    return aligned_page(session, session.resolved(session.convert("address", page)), "VMCS")
 
 
 def _summary(found: "Inference", out: Optional[str]) -> Pairs:

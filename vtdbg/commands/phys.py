@@ -36,7 +36,7 @@ def phys(session: Session, address: str, fmt: Optional[str], length: Optional[in
         if fmt is None:
             raise UsageError(f"phys {address}: where? Give the address behind the format")
         address, fmt = fmt, address
-    at = int(session.convert("address", address))
+    at = int(session.resolved(session.convert("address", address)))
     if fmt is not None and length is not None:
         raise UsageError(f"give one of --length and a format: {fmt} says how many there are")
     memory = session.machine.memory

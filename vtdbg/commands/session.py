@@ -18,6 +18,12 @@ SOURCE_VARIABLE = "VTDBG_SOURCE"
 OWN_GDB = "--symbols and --thread are for a gdb of our own (-s gdb:HOST:PORT); in GDB: `add-symbol-file FILE`, `thread N`"
 
 
+class Expression(str):
+    """An address that is no number, until it is known whether there is a debugger that understands it."""
+
+    __slots__ = ()
+
+
 @dataclass
 class Session:
     """One user at one source.  A front end makes it once: the CLI for a command, a shell or a debugger for its life.
@@ -133,19 +139,33 @@ class Session:
         try:
             return parse_number(text)
         except UsageError:
-            if self.evaluate is None:
-                raise
-            return self.evaluate(text)
+            if self.evaluate is not None:
+                return self.evaluate(text)
+            if kind == "address":
+                return Expression(text)
+            raise
 
     def resolved(self, value: Any) -> Any:
-        """An argument whose text was a selector, now that the target is known; anything else as it is."""
+        """An argument whose text was a selector or an expression, now that the target is known; anything else as it is."""
         if isinstance(value, list):
             return [self.resolved(item) for item in value]
+        if isinstance(value, Expression):
+            return self._evaluated(value)
         if type(value).__name__ != "Selector":
             return value
         from vtdbg.commands.selector import address_of
 
         return address_of(self.machine, value)
+
+    def _evaluated(self, text: str) -> int:
+        """By the gdb of our own; without one only numbers are addresses."""
+        if not (self.source or "").startswith("gdb:"):
+            return parse_number(text)
+        from vtdbg.commands.live import live_machine
+
+        machine = live_machine(self)
+        machine.mode.virtual()
+        return machine.port.evaluate(text)
 
     @property
     def layout(self) -> "Optional[Layout]":
