@@ -16,11 +16,11 @@ from test_walk import EPT_CASE, NPT_CASE, tables
 import vtdbg
 from vtdbg.commands.run import run_words
 from vtdbg.commands.session import Session
-from vtdbg.enumeration import Enumeration, ranges
+from vtdbg.enumeration import Enumeration, Range, ranges
 from vtdbg.errors import VtdbgError
 from vtdbg.nested import diff as diffs
 from vtdbg.nested.diff import diff
-from vtdbg.nested.filter import matching, parse_wanted
+from vtdbg.nested.filter import Totals, matching, parse_wanted
 from vtdbg.nested.find import find
 from vtdbg.nested.hooks import hooks, patches, view, view_hooks
 from vtdbg.nested.lint import CHECKS, ControlPage, Inputs, Remark, lint
@@ -331,3 +331,21 @@ def test_ranges_of_a_part_agree_with_the_filter_on_the_whole() -> None:
     memory, ept = builder.memory(), Ept(builder.root | 0x1E)
     part = list(ranges(memory, ept, M2, 2 * M2 - 1))
     assert [(row.start, row.length, row.page_size) for row in part] == [(M2, M2, K4)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.lists(st.integers(0, 64), max_size=8, unique=True), rows=st.lists(st.tuples(st.integers(0, 80), st.integers(1, 9)), max_size=12))
+def test_what_goes_outside_the_memory_is_counted_page_by_page(cuts: List[int], rows: List[Tuple[int, int]]) -> None:
+    """The sum of a dump, against a look at every page: ranges may begin, end or lie in any hole, whatever the row before them did."""
+    bounds = sorted(cuts[:len(cuts) // 2 * 2])
+    memory = [(low << 12, high << 12) for low, high in zip(bounds[::2], bounds[1::2])]
+    tables = Ept(0x1E).tables
+    kind = tables.levels[-1].leaf
+    assert kind is not None
+    totals, start, missing = Totals(memory), 0, []
+    for frame, pages in rows:
+        totals.add(Range(start, frame << 12, pages << 12, K4, 7, 0x30, kind, tables))
+        missing += [start + step * K4 for step in range(pages) if not any(low <= frame + step << 12 < high for low, high in memory)]
+        start += pages << 12
+    assert totals.outside == len(missing) * K4
+    assert (totals.outside_first.start if totals.outside_first else None) == (missing[0] if missing else None)

@@ -112,6 +112,7 @@ class Totals:
     first: Optional[int] = None
     end: int = 0
     _span: Tuple[int, int] = (0, 0)
+    _hole: Tuple[int, int] = (0, 0)
 
     @property
     def bytes(self) -> int:
@@ -119,14 +120,18 @@ class Totals:
 
     def add(self, row: Range) -> None:
         """Count a range whose pages are of one size."""
-        size, memory_type, start = row.page_size, row.memory_type, row.start
-        self.pages[size] = self.pages.get(size, 0) + row.length // size
-        self.types[memory_type] = self.types.get(memory_type, 0) + row.length
+        start, target, length, size, memory_type = row.start, row.target, row.length, row.page_size, row.memory_type
+        self.pages[size] = self.pages.get(size, 0) + length // size
+        self.types[memory_type] = self.types.get(memory_type, 0) + length
         if self.first is None or start < self.first:
             self.first = start
-        self.end = max(self.end, start + row.length)
-        low, high = self._span
-        if self.memory is not None and not low <= row.target < row.target + row.length <= high:
+        if start + length > self.end:
+            self.end = start + length
+        if self.memory is None or self._span[0] <= target < target + length <= self._span[1]:
+            return
+        if self._hole[0] <= target < target + length <= self._hole[1]:
+            self.outside += length
+        else:
             self._look_outside(row, self.memory)
 
     def _look_outside(self, row: Range, memory: Sequence[Tuple[int, int]]) -> None:
@@ -135,6 +140,9 @@ class Totals:
         for part in outside(row, memory):
             self.outside += part.length
             self.outside_first = self.outside_first or part
+            # Next rows often go to the same hole.
+            after = bisect_right(memory, (part.target, 1 << 64))
+            self._hole = memory[after - 1][1] if after else 0, memory[after][0] if after < len(memory) else 1 << 64
 
 
 def counted(rows: Iterable[Range], wanted: Wanted, totals: Totals) -> Iterator[Range]:
