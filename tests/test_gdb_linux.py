@@ -268,6 +268,20 @@ def test_host_registers_of_each_are_its_own(one: Smp, symbols: Path) -> None:
         assert areas == {0: one.truth("hsave0"), 1: one.truth("hsave1")}
 
 
+def test_nothing_is_injected_where_it_would_not_be_executed(one: Smp) -> None:
+    """A halted processor does not step: refused at once, as is the one that is in a guest; both are as they were."""
+    titles = one.qmp("human-monitor-command", **{"command-line": "info registers -a"})
+    with plugged(one.port) as gdb:
+        for thread, line in ((1, "the processor is halted (HLT)"), (2, "in the host only")):
+            if thread == 1 and "HLT=1" not in titles.partition("CPU#1")[0]:
+                continue
+            gdb.execute(f"thread {thread}")
+            started = time.monotonic()
+            assert line in error(gdb, "msr read 0xc0010117 --yes")
+            assert time.monotonic() - started < 10
+    assert one.qmp("human-monitor-command", **{"command-line": "info registers -a"}) == titles
+
+
 def test_lists_say_which_processor_runs_which(one: Smp) -> None:
     with plugged(one.port, "set width 150") as gdb:
         text = gdb.execute("vmcb list")

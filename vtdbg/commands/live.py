@@ -14,6 +14,7 @@ from vtdbg.report import Pairs, Report, Table, Value, hexa
 from vtdbg.targets.inject import Injector
 from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.port import TargetError, TargetGone, Unsupported
+from vtdbg.targets.stub import halted
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.capabilities import MsrKey, VmxCapabilities
 from vtdbg.vmx.presence import to_ask
@@ -49,6 +50,9 @@ def injector(session: Session, what: str, yes: bool, assume_host: bool) -> Injec
                              "run to the exit handler first")
         if where.mode != "host" and not assume_host:
             raise UsageError(f"it is not known whether the processor is in the host ({where.reason}); if you know that it is: --assume-host")
+        if halted(machine.port, machine.dialect):
+            raise UsageError("the processor is halted (HLT): it would execute nothing before an interrupt; take another one (`where`), or run to "
+                             "an address first")
         if not yes and not _agreed(what):
             raise UsageError(f"{what} changes the target for a moment: answer y, or give --yes")
 

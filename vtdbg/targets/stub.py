@@ -157,6 +157,11 @@ def number_in(title: str) -> Optional[int]:
     return int(found.group(1)) if found else None
 
 
+def halted(port: Port, dialect: Dialect) -> bool:
+    """Does QEMU say of the selected processor that it is halted?  It executes nothing until an interrupt, not even a single step."""
+    return dialect.name == "qemu" and "[halted" in port.processors().get(port.selected() or 0, "")
+
+
 def all_registers(port: Port, dialect: Dialect) -> Mapping[str, Optional[int]]:
     """The port's registers with what the monitor adds of the same processor; absent is unknown."""
     registers = dict(port.registers())
