@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "gdb.md")
 BLOCK = re.compile(r"^```\n(\(gdb\) .*?)^```$", re.M | re.S)
 MACHINES = ("live, QEMU at", "live, VMware at")
+SYMBOLS = re.compile(r"^\(gdb\) (?:add-symbol-file|kvm|thread)\b", re.M)
+"""Sessions with these are of the lab with two processors and KVM's symbols: it is that of test_gdb_linux.py."""
 CUT = "..."
 """A line that stands for the rest of a long output."""
 
@@ -25,7 +27,7 @@ def sessions(machine: str) -> "Iterator[Tuple[Path, str]]":
     """(document, session) of every shown session on that machine."""
     for path in DOCUMENTS:
         for match in BLOCK.finditer(path.read_text()):
-            if machine in match.group(1):
+            if machine in match.group(1) and SYMBOLS.search(match.group(1)) is None:
                 yield path, match.group(1)
 
 
