@@ -96,6 +96,20 @@ def test_efer_filter_is_what_vmrun_accepts() -> None:
     assert all(value & mark.mask == mark.wanted for value in (0x1D00, 0x1D01, 0x1000))
 
 
+def test_a_vmcb_that_vmrun_refuses_for_efer_is_found(amd_exit: Path, amd_exit_truth: Dict[str, Any]) -> None:
+    """Guest EFER without SVME is a common first mistake (VMRUN: VMEXIT_INVALID): the block is found, and what is wrong is said."""
+    page = bytearray(real_page(amd_exit, int(amd_exit_truth["vmcb_pa"], 16)))
+    page[0x4D0:0x4D8] = struct.pack("<Q", int(amd_exit_truth["vmcb"]["save"]["efer"], 16) & ~(1 << 12))
+    found, = scan(memory_from_segments([(0x5000, bytes(page))]))
+    assert (found.address, found.classification) == (0x5000, "vmcb") and "lacks SVME: VMRUN refuses it" in found.summary
+    wanted, without = recognise.EFER, recognise.EFER_WITHOUT_SVME
+    assert not any(value & wanted.mask == wanted.wanted and value & without.mask == without.wanted for value in range(1 << 16))
+    # What VMRUN saves of the host has SVME: without it the page is something else.
+    area = bytearray(real_page(amd_exit, int(amd_exit_truth["vm_hsave_pa"], 16)))
+    area[0x4D0:0x4D8] = struct.pack("<Q", 0xD01)
+    assert list(scan(memory_from_segments([(0x5000, bytes(area))]))) == []
+
+
 # --- memory of every shape --------------------------------------------------------------------------------------------------------
 
 
@@ -243,11 +257,11 @@ def vmcb(page: bytes, changes: Dict[int, bytes]) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("changes", [{0x10: b"\x7e"}, {0x58: bytes(4)}, {0x4D0: b"\0\x0d"}, {0x40: b"\x01"}, {0x558: b"\xff" * 8}, {0x5F8: b"\x99"}])
+@pytest.mark.parametrize("changes", [{0x10: b"\x7e"}, {0x58: bytes(4)}, {0x4D0: b"\0\x0d"}, {0x4D0: bytes(8)}, {0x40: b"\x01"}, {0x558: b"\xff" * 8}, {0x5F8: b"\x99"}])
 def test_a_vmcb_with_one_wrong_field_is_still_found_unless_it_is_the_filter(changes: Dict[int, bytes], vmcb_page: bytes) -> None:
-    """People look at a VMCB because VMRUN refuses it.  EFER.SVME = 0 is the one mistake that hides it from a scan."""
+    """People look at a VMCB because VMRUN refuses it.  EFER with neither SVME nor LMA is the one mistake that hides it from a scan."""
     found = by_address(list(scan(memory_from_segments([(0x1000, vmcb(vmcb_page, changes))]))))
-    assert found == ({} if 0x4D0 in changes else {0x1000: "vmcb"})
+    assert found == ({} if changes == {0x4D0: bytes(8)} else {0x1000: "vmcb"})
 
 
 def test_the_vmcb_of_an_encrypted_guest_is_found_without_its_state(vmcb_page: bytes) -> None:

@@ -95,7 +95,7 @@ def scan(machine: "Machine | PhysicalMemory", kinds: Sequence[str] = KINDS, *, l
     `relate` adds what the pages found say about one another.
 
     What a scan does not find: a VMCS whose layout nobody published, one that a processor keeps on chip and has not written back, and a VMCB
-    whose EFER.SVME is 0 (VMRUN refuses it).  Decode those by address.
+    whose EFER has neither SVME nor LMA.  Decode those by address.
 
     Raises UsageError for an unknown kind, and where nobody knows which memory exists.
     """
@@ -111,7 +111,7 @@ def scan(machine: "Machine | PhysicalMemory", kinds: Sequence[str] = KINDS, *, l
     if "vmcb" in kinds:
         from vtdbg.svm import recognise
 
-        finders += [_VmcbFinder(mark, rejected) for mark in (recognise.EFER, recognise.SEV_ES)]
+        finders += [_VmcbFinder((recognise.EFER, recognise.EFER_WITHOUT_SVME), rejected), _VmcbFinder((recognise.SEV_ES,), rejected)]
     return _found(memory, finders, progress)
 
 
@@ -302,29 +302,34 @@ class _VmcsFinder(_Finder):
 
 
 class _VmcbFinder(_Finder):
-    def __init__(self, mark: "Mark", rejected: bool) -> None:
-        self._mark, self._rejected = mark, rejected
+    """`marks` are at one place of the page, and no number has two of them."""
+
+    def __init__(self, marks: "Sequence[Mark]", rejected: bool) -> None:
+        self._marks, self._rejected = marks, rejected
+        self._offset = marks[0].offset
 
     def passing(self, data: memoryview) -> List[int]:
-        offset, mask, wanted = self._mark
         count = len(data) // PAGE_SIZE
         # The lower half first: that is half of the work, and what passes it is rare.
-        low = int.from_bytes(column(data, offset, 4, PAGE_SIZE), "little")
-        differing = (low ^ lanes(wanted, 4, count)) & lanes(mask & 0xFFFFFFFF, 4, count)
-        if _ZERO not in differing.to_bytes(4 * count, "little"):
-            return []
-        return [index for index, value in enumerate(data.cast("Q")[offset // 8::PAGE_SIZE // 8]) if value & mask == wanted]
+        low = int.from_bytes(column(data, self._offset, 4, PAGE_SIZE), "little")
+        hits: List[int] = []
+        for _, mask, wanted in self._marks:
+            differing = (low ^ lanes(wanted & 0xFFFFFFFF, 4, count)) & lanes(mask & 0xFFFFFFFF, 4, count)
+            if _ZERO in differing.to_bytes(4 * count, "little"):
+                values = data.cast("Q")[self._offset // 8::PAGE_SIZE // 8]
+                hits += [index for index, value in enumerate(values) if value & mask == wanted]
+        return hits
 
     def wants(self, page: bytes) -> bool:
-        offset, mask, wanted = self._mark
-        return len(page) >= offset + 8 and int.from_bytes(page[offset:offset + 8], "little") & mask == wanted
+        value = int.from_bytes(page[self._offset:self._offset + 8], "little")
+        return len(page) >= self._offset + 8 and any(value & mark.mask == mark.wanted for mark in self._marks)
 
     def judge(self, address: int, page: bytes) -> Optional[Found]:
         from vtdbg.svm import recognise
 
         if len(page) < PAGE_SIZE or not recognise.quick(page) or not (self._rejected or recognise.can_fit(page)):
             return None
-        if self._mark == recognise.EFER and recognise.is_sev_es(page):
+        if self._marks != (recognise.SEV_ES,) and recognise.is_sev_es(page):
             return None
         what, evidence = recognise.judge_page(page)
         score = sum(item.points for item in evidence)

@@ -40,6 +40,10 @@ EFER = Mark(0x4D0, _QWORD & ~sum(1 << bit for bit in _EFER_BITS), _SVME)
 """SVME set and no reserved bit: VMRUN refuses any other EFER (APM vol. 2, VMRUN Instruction, Canonicalization and Consistency Checks), so this
 rules out nearly every page."""
 
+EFER_WITHOUT_SVME = Mark(0x4D0, _QWORD & ~sum(1 << bit for bit in _EFER_BITS if bit not in (8, 10)), 0x500)
+"""LME and LMA set, SVME forgotten: VMRUN refuses it, and the author of such a VMCB is looking for it.  A guest outside long mode without SVME has
+nothing here that tells its page from others."""
+
 SEV_ES = Mark(0x90, _QWORD & ~0xF8, 7)
 """The nested control of an SEV-ES guest: NP, SEV and SEV-ES enabled.  Its EFER is in the encrypted VMSA, not at 0x4d0."""
 
@@ -203,12 +207,14 @@ def judge_page(page: bytes) -> Tuple[str, List[Evidence]]:
 
 
 def _efer(page: bytes) -> Evidence:
-    # What the mark `EFER` let pass.
+    # What the marks let pass.
+    if not _value(page, "efer") & _SVME:
+        return Evidence(-4, f"EFER {_value(page, 'efer'):#x} lacks SVME: VMRUN refuses it")
     return Evidence(4, f"EFER {_value(page, 'efer'):#x} has SVME and no undefined bit", "EFER")
 
 
 def _host_state(page: bytes) -> Evidence:
-    paging = _value(page, "cr0") & 0x80000001 == 0x80000001 and _value(page, "efer") & 0x500 == 0x500
+    paging = _value(page, "cr0") & 0x80000001 == 0x80000001 and _value(page, "efer") & 0x1500 == 0x1500
     if paging and _value(page, "cpl") == 0 and _value(page, "rip"):
         return Evidence(6, "64-bit paging at privilege level 0: the state of a host", "state of a host")
     return Evidence(-12, "not the state of a 64-bit host")
