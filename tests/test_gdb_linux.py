@@ -643,7 +643,7 @@ def test_current_vmcs_of_kvm_intel(stub: VmxStub, linked: Callable[..., Tuple[Pa
         assert f"current is the VMCS at {VMCS:#x}: current_vmcs of CPU 0: vCPU 0 of process 4711, vmcs01" in head(text)
         assert f"VMCS at {VMCS:#x} (vCPU 0 of process 4711, vmcs01)" in body(text) and f"{GUEST_PML4:#018x}" in text
         text = gdb.execute("kvm list --json")
-        assert f"as of Linux {'3.0' if options else '5.17'} or newer" in text
+        assert f"as of Linux {'3.1' if options else '5.17'} or newer" in text
         found = kvm_list(text)
         assert found == {(4711, 0): {"vmcs01 (current)": VMCS}, (4712, 70): {"vmcs01": 0x31000, "vmcs02 (current)": 0x32000, "vmcs12": 0x33000}}
         row = rows(gdb.execute("vt where --json"))[1]

@@ -200,7 +200,7 @@ def _is_text(value: gdb.Value) -> bool:
 
 def _lazily(name: str) -> Callable[..., int]:
     def call(*arguments: Any) -> int:
-        from vtdbg.targets import values
+        from vtdbg.commands import values
 
         return int(getattr(values, name)(*arguments))
 

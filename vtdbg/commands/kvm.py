@@ -10,7 +10,7 @@ from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.linux.kvm import VARIANTS, KvmState, Vcpu
 from vtdbg.numbers import size_text
-from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa, text
+from vtdbg.report import Pairs, Report, Table, Value, hexa, text
 
 STALE = "a vCPU's control block is as of its last exit; KVM's objects are as the processors left them when the target stopped"
 
@@ -28,7 +28,7 @@ def list_(session: Session) -> Report:
     report.add(_processors(state))
     facts = Pairs("kernel")
     facts.add("vendor", "module", {"svm": "kvm-amd", "vmx": "kvm-intel"}[state.vendor])
-    facts.add("since", "types", f"as of Linux {state.since} or newer" if state.since else "older than Linux 3.0")
+    facts.add("since", "types", f"as of Linux {state.since} or newer" if state.since else f"older than Linux {VARIANTS[-1].since}")
     facts.add("tables", "read through", f"page tables of {state.root}")
     report.add(facts)
     report.python = [*session.python_open(), "state = machine.kvm()", "for vcpu in state.vcpus:", "    print(vcpu.title, vcpu.cpu, vcpu.blocks)"]
@@ -103,7 +103,5 @@ def symbols(session: Session, btf: List[str], kallsyms: Optional[str], out: Opti
     report.add(facts)
     if made.missing:
         report.notes.append(f"not in {kallsyms}: {', '.join(made.missing)}; vtdbg needs them to find KVM's objects")
-    report.add(Lines("variants", [f"{row.what}: {row.since} ({row.commit})" for row in VARIANTS], title="Differences between kernels, seen by type",
-                     bullet="- "))
     report.python = ["from vtdbg.linux.symbols import make_symbols", f"data = make_symbols({btf!r}, {kallsyms!r}).data"]
     return report

@@ -41,7 +41,7 @@ def phys(session: Session, address: str, fmt: Optional[str], length: Optional[in
         raise UsageError(f"give one of --length and a format: {fmt} says how many there are")
     memory = session.machine.memory
     if guest:
-        from vtdbg.targets.values import guest_memory
+        from vtdbg.commands.values import guest_memory
 
         memory = guest_memory(session)
     if fmt is None:
@@ -95,7 +95,7 @@ def _examined(session: Session, memory: PhysicalMemory, address: int, fmt: str, 
 def _mode(session: Session, guest: bool) -> Tuple[int, str]:
     """Bitness of the code, and what has to be said where nothing tells it."""
     if guest:
-        from vtdbg.targets.values import guest_mode
+        from vtdbg.commands.values import guest_mode
 
         mode, whose = guest_mode(session), "the guest"
     else:

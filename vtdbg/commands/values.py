@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Optional, Tuple, Union
 
+from vtdbg.commands.nested import npt_tables
 from vtdbg.commands.select import VmcbAt, VmcsAt, chosen_vmcb, chosen_vmcs, found_blocks
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
@@ -85,7 +86,7 @@ def _space(session: Session) -> Tuple[Paging, Optional[Structure]]:
         tables: Optional[Structure] = Ept.from_vmcs(block, session.caps) if control(block, "sec", "EPT") is not False else None
     else:
         paging = Paging.from_registers(block.get("cr0"), block["cr3"], block.get("cr4"), block.get("efer"), pat=block.get("g_pat"))
-        tables = Npt.from_vmcb(block) if block["nested_ctl"] & 1 else None
+        tables = npt_tables(session, Npt.from_vmcb(block)) if block["nested_ctl"] & 1 else None
     cr3 = live.get("cr3")
     if cr3 is not None:
         paging = Paging.from_registers(live.get("cr0"), cr3, live.get("cr4"), live.get("efer"))
