@@ -257,7 +257,8 @@ def vmcb(page: bytes, changes: Dict[int, bytes]) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("changes", [{0x10: b"\x7e"}, {0x58: bytes(4)}, {0x4D0: b"\0\x0d"}, {0x4D0: bytes(8)}, {0x40: b"\x01"}, {0x558: b"\xff" * 8}, {0x5F8: b"\x99"}])
+@pytest.mark.parametrize("changes", [{0x10: b"\x7e"}, {0x58: bytes(4)}, {0x4D0: b"\0\x0d"}, {0x4D0: bytes(8)},
+                                     {0x40: b"\x01"}, {0x558: b"\xff" * 8}, {0x5F8: b"\x99"}])
 def test_a_vmcb_with_one_wrong_field_is_still_found_unless_it_is_the_filter(changes: Dict[int, bytes], vmcb_page: bytes) -> None:
     """People look at a VMCB because VMRUN refuses it.  EFER with neither SVME nor LMA is the one mistake that hides it from a scan."""
     found = by_address(list(scan(memory_from_segments([(0x1000, vmcb(vmcb_page, changes))]))))
