@@ -102,7 +102,7 @@ GROUPS: Mapping[str, str] = {
     "decode": "any register, field, entry or MSR by name and value",
     "source": "what the dump or the target is",
     "report": "one HTML page of all of it, with pictures",
-    "phys": "bytes of physical memory",
+    "phys": "physical memory, the machine's or a guest's, in the formats of GDB's x",
     "msr": "MSRs by name or index; of a live processor by an injected RDMSR",
     "cpuid": "CPUID of a live processor, by an injected instruction",
     "sgdt": "descriptor-table registers of a live processor, by injected instructions",
