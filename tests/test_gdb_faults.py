@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from lab_amd import BareQemu, Unavailable
-from support.livegdb import Wire, error, plugged, unavailable, vtdbg
+from lab_amd import BareQemu
+from support.live import had, started
+from support.livegdb import Wire, error, plugged, vtdbg
 
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
@@ -25,15 +26,8 @@ OUTSIDE = "0x7fffffff000"
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareQemu]:
-    try:
-        machine = BareQemu(tmp_path_factory.mktemp("bare"), bytes(range(256)) * 64)
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("QEMU", lambda: BareQemu(tmp_path_factory.mktemp("bare"), bytes(range(256)) * 64)) as machine:
         yield machine
-    finally:
-        machine.close()
 
 
 def as_it_was(bare: BareQemu, registers: str) -> None:
@@ -121,11 +115,7 @@ def test_a_second_client_in_the_plugin(bare: BareQemu, registers: str) -> None:
 
 def test_stub_gone_between_commands(tmp_path: Path) -> None:
     """QEMU ends while GDB is connected: the next command says it, in one line, and so does every later one."""
-    try:
-        machine = BareQemu(tmp_path)
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
+    machine = had("QEMU", lambda: BareQemu(tmp_path))
     with plugged(machine.port) as gdb:
         gdb.execute("phys 0x1000 4x")
         machine.close()
@@ -137,12 +127,7 @@ def test_stub_gone_between_commands(tmp_path: Path) -> None:
 
 def test_a_running_target(tmp_path: Path) -> None:
     """In GDB: one line.  A gdb of our own stops what it connects to, as every debugger does at this stub, and leaves it stopped."""
-    try:
-        machine = BareQemu(tmp_path)
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("QEMU", lambda: BareQemu(tmp_path)) as machine:
         with plugged(machine.port) as gdb:
             gdb.execute("vt source info")
             gdb.execute("continue &")
@@ -156,5 +141,3 @@ def test_a_running_target(tmp_path: Path) -> None:
         assert machine.running
         assert "0x000000001000" in vtdbg("phys", "0x1000", "4x", "-s", machine.source)
         assert not machine.running
-    finally:
-        machine.close()

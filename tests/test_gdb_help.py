@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from lab_amd import Unavailable, build
-from support.livegdb import unavailable
+from lab_amd import build
+from support.live import had
 
 from vtdbg.commands import registry
 from vtdbg.commands.gdbhelp import help_texts
@@ -53,10 +53,7 @@ def gdb(*commands: str) -> "list[str]":
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[None]:
-    try:
-        build.require("gdb")
-    except Unavailable as reason:
-        unavailable(str(reason))
+    had("gdb", lambda: build.require("gdb"))
     yield
 
 

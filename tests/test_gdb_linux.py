@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from lab_amd import Smp, Unavailable
-from support.livegdb import body, error, plugged, unavailable, vtdbg
-from support.vmxcpu import Unavailable as NoModel
+from lab_amd import Smp
+from support.live import Unavailable, had, started
+from support.livegdb import body, error, plugged, vtdbg
 from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
 from vtdbg.errors import FormatError
@@ -33,21 +33,13 @@ from vtdbg.targets.where import Block, decide
 
 pytestmark = pytest.mark.live
 
-BPFTOOL = shutil.which("bpftool") or shutil.which("bpftool", path="/usr/sbin:/sbin")
 OBJECTS = Path(__file__).parent / "support" / "kvm_objects.c"
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smp]:
-    try:
-        machine = Smp(tmp_path_factory.mktemp("smp"))
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("the AMD lab", lambda: Smp(tmp_path_factory.mktemp("smp"))) as machine:
         yield machine.advance("one")
-    finally:
-        machine.close()
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +102,21 @@ def members(types: Dict[int, Dict[str, Any]], structure: Dict[str, Any]) -> Iter
             yield member["name"], member["bits_offset"] // 8
 
 
+def bpftool_path() -> str:
+    found = shutil.which("bpftool") or shutil.which("bpftool", path="/usr/sbin:/sbin")
+    if found is None:
+        raise Unavailable("apt-get install bpftool")
+    return found
+
+
 def test_types_in_gdb_are_the_kernels(lab: Smp, symbols: Path, vmlinux: Path) -> None:
     """Every member of KVM's structures is in GDB where bpftool, which is the kernel's own reader of BTF, says that it is; sizes too."""
-    if BPFTOOL is None:
-        unavailable("needs bpftool (apt-get install bpftool)")
-    assert BPFTOOL is not None
+    bpftool = had("bpftool", bpftool_path)
     compared = 0
     with MiPort(f"127.0.0.1:{lab.port}") as gdb:
         gdb.load_symbols(str(symbols))
         for name in ("kvm", "kvm-amd", "kvm-intel"):
-            command = [BPFTOOL, "-j", "btf", "dump", "-B", str(vmlinux), "file", str(lab.files.modules / f"{name}.ko")]
+            command = [bpftool, "-j", "btf", "dump", "-B", str(vmlinux), "file", str(lab.files.modules / f"{name}.ko")]
             dumped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             types = {item["id"]: item for item in json.loads(dumped)["types"]}
             for item in types.values():
@@ -589,15 +586,8 @@ def test_the_monitors_processor_is_matched_by_registers() -> None:
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[VmxStub]:
-    try:
-        target = VmxStub()
-    except NoModel as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("the VMX stub", VmxStub) as target:
         yield target
-    finally:
-        target.close()
 
 
 @pytest.fixture(scope="module")

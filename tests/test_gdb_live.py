@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from lab_amd import BareQemu, Lab, Unavailable
+from lab_amd import BareQemu, Lab
 from support import gdbdocs
-from support.livegdb import Wire, body, error, plugged, unavailable, vtdbg
+from support.live import started
+from support.livegdb import Wire, body, error, plugged, vtdbg
 from support.ptygdb import PtyGdb
 
 from vtdbg.memory.open import open_machine
@@ -32,15 +33,8 @@ COMPARED = ("vmcb dump", "npt walk 0x20000", "npt walk 0x200000", "npt dump", "g
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    try:
-        machine = Lab(tmp_path_factory.mktemp("lab"))
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("the AMD lab", lambda: Lab(tmp_path_factory.mktemp("lab"))) as machine:
         yield machine
-    finally:
-        machine.close()
 
 
 @pytest.fixture
@@ -58,15 +52,8 @@ def host(lab: Lab) -> Lab:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareQemu]:
     """A machine of 64 MiB with a pattern at 1 MiB."""
-    try:
-        machine = BareQemu(tmp_path_factory.mktemp("bare"), bytes(range(256)) * 64, smp=2)
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("QEMU", lambda: BareQemu(tmp_path_factory.mktemp("bare"), bytes(range(256)) * 64, smp=2)) as machine:
         yield machine
-    finally:
-        machine.close()
 
 
 # --- in the guest ------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Iterator, Tuple
 
 import pytest
-from support.livegdb import unavailable
+from support.live import started
 from support.ptygdb import PressingWire, PtyGdb
-from support.vmxcpu import Unavailable
 from support.vmxstub import GUEST, HANDLER, VMCS, VmxStub
 
 pytestmark = pytest.mark.live
@@ -30,15 +29,8 @@ INTERRUPTED = "vt: interrupted; the target is as it was"
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[VmxStub]:
-    try:
-        target = VmxStub()
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("the VMX stub", VmxStub) as target:
         yield target
-    finally:
-        target.close()
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 from support import gdbdocs
-from support.livegdb import error, plugged, unavailable, vtdbg
+from support.live import started
+from support.livegdb import error, plugged, vtdbg
 from support.ptygdb import PtyGdb
-from support.vmxcpu import Unavailable
 from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
 import vtdbg as vtdbg_package
@@ -36,15 +36,8 @@ pytestmark = pytest.mark.live
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[VmxStub]:
-    try:
-        target = VmxStub()
-    except Unavailable as reason:
-        unavailable(str(reason))
-        raise
-    try:
+    with started("the VMX stub", VmxStub) as target:
         yield target
-    finally:
-        target.close()
 
 
 @pytest.fixture

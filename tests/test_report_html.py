@@ -15,8 +15,8 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.browser import Browser, Unavailable
-from support.fixtures import need
+from support.browser import Browser
+from support.live import had
 from support.tables import G1, K4, TableBuilder
 from test_hierarchy import three_levels
 from test_nested_verbs import FRAME, HOOKED, ORIGINAL, PATCHED, image, pages_of, switching, view, vmcs_page
@@ -419,12 +419,7 @@ def test_a_target_that_cannot_be_scanned_makes_a_page(amd_exit: Path) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    try:
-        made = Browser()
-    except Unavailable as problem:
-        need("headless Chromium", problem)
-        raise
-    with made:
+    with had("headless Chromium", Browser) as made:
         yield made
 
 

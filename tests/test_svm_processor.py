@@ -13,7 +13,7 @@ from typing import Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Tuple
 
 import pytest
 from support import svmcpu
-from support.fixtures import need
+from support.live import had
 
 import vtdbg
 from vtdbg.findings import failures
@@ -107,11 +107,7 @@ def only_bits(value: int, allowed: int, extra: int) -> bool:
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return svmcpu.build(tmp_path_factory.mktemp("svmcpu"))
-    except svmcpu.Unavailable as problem:
-        need("the SVM processor (QEMU)", problem)
-        raise
+    return had("the SVM processor (QEMU)", lambda: svmcpu.build(tmp_path_factory.mktemp("svmcpu")))
 
 
 def mutations(count: int, seed: int) -> List[Dict[str, int]]:

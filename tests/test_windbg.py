@@ -20,9 +20,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 import pytest
 from lab_windbg.image import CODE, CR8, GDT, IDT, LDT_SELECTOR, NT, PAGE, PCR, PCR_STRIDE, TSS_SLOT, VMREAD_AT, Image, gather, wrap, write_dump
 from lab_windbg.kd_stub import READ_PHYSICAL, READ_VIRTUAL, KdStub, Kernel, VmxRoot
-from lab_windbg.lab import HERE, Lab, Unavailable, windows_path
+from lab_windbg.lab import HERE, Lab, windows_path
 from support import dumps
-from support.fixtures import need
+from support.live import had
 
 import vtdbg
 from vtdbg.commands.run import run_words
@@ -116,11 +116,7 @@ Engines = Dict[str, "Future[Answers]"]
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    try:
-        found = Lab().prepare()
-    except Unavailable as problem:
-        need("the Windows debugger engine", problem)
-        raise
+    found = had("the Windows debugger engine", Lab().prepare)
     with found.running():
         yield found
 

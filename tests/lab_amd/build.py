@@ -12,15 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
+from support.live import Unavailable
+
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("VTDBG_CACHE", HERE.parents[1] / ".cache")) / "lab_amd"
 MODULES = ("virt/lib/irqbypass", "arch/x86/kernel/msr", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd", "drivers/crypto/ccp/ccp")
 NEEDED = {"qemu-system-x86_64": "qemu-system-x86", "gdb": "gdb", "gcc": "gcc", "objcopy": "binutils", "dpkg": "dpkg", "apt-get": "apt",
           "busybox": "busybox-static"}
-
-
-class Unavailable(Exception):
-    """The lab cannot be had on this machine; the text says why."""
 
 
 class Built(NamedTuple):

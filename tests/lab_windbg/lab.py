@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence
 
+from support.live import Unavailable
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 COMPILER = "x86_64-w64-mingw32-gcc"
@@ -35,10 +37,6 @@ OVERRIDES = "dbgeng,dbghelp,dbgmodel,symsrv,srcsrv,msdia140,mscoree=n;mshtml=;wi
 
 
 KEEPER = "import ctypes; ctypes.windll.user32.GetDesktopWindow(); print(); input()"
-
-
-class Unavailable(Exception):
-    """The engine cannot be had on this machine; the text says why."""
 
 
 def windows_path(path: "Path | str") -> str:

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from support.live import Unavailable
+
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-default-apps", "--force-device-scale-factor=1")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -22,10 +24,6 @@ ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Home": "\ue011", "Left": "\ue012", "Up": "\ue013", "Right": "\ue014", "Down": "\ue015"}
 """WebDriver, Keyboard Actions: keys without a character."""
-
-
-class Unavailable(Exception):
-    """No Chromium or no chromedriver, or it does not start."""
 
 
 class Browser:

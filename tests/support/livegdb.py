@@ -17,13 +17,6 @@ from vtdbg.targets.port import TargetError
 from vtdbg.targets.start import gdb_environment, plugin_file
 
 
-def unavailable(reason: str) -> None:
-    """Skips loudly, and fails where live tests are required."""
-    if os.environ.get("VTDBG_REQUIRE_LIVE") == "1":
-        pytest.fail(f"live test cannot run: {reason}", pytrace=False)
-    pytest.skip(f"LIVE TEST SKIPPED: {reason}")
-
-
 @contextmanager
 def plugged(port: int, *before: str, patience: float = 60) -> Iterator[MiPort]:
     """A gdb connected to the stub at `port` of this machine, with the plugin sourced; disconnected at the end."""

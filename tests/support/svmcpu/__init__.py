@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
+from support.live import Unavailable
 from vtdbg.svm import fields
 
 WORK = 0x1000000
@@ -22,10 +23,6 @@ CPU = "EPYC,+svm,+npt"
 PROGRAMS = ("qemu-system-x86_64", "as", "ld")
 IOPM, MSRPM, TABLES, PAE_TABLE, NESTED, CODE, STACK = (WORK + page * 0x1000 for page in (1, 4, 6, 9, 0xA, 0x10, 0x11))
 IMAGE_PAGES = 0x12
-
-
-class Unavailable(Exception):
-    """The emulator or a program that builds its kernel is not here."""
 
 
 class Results(NamedTuple):

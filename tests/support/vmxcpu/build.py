@@ -12,14 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Iterator, List, Optional
 
+from support.live import Unavailable
+
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("VTDBG_CACHE", HERE.parents[2] / ".cache")) / "vmxcpu"
 WHEEL = "bochscpu-python==0.4.0"
 WHEEL_PYTHON = (3, 11)
-
-
-class Unavailable(Exception):
-    """The processor model cannot be had on this machine; the text says why."""
 
 
 def _candidates() -> Iterator[str]:
