@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import signal
 from pathlib import Path
 from typing import Any, Dict
 
@@ -13,6 +14,10 @@ pytest_plugins = ["support.fixtures"]
 
 DATA = Path(__file__).parent / "data"
 _ZEROS = bytes(4096)
+
+# A shell starts what it puts into the background with SIGINT ignored, and every program below inherits that: Ctrl-C would be tested in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def unpack_sparse(packed: Path, target: Path) -> Path:
