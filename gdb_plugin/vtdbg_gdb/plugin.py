@@ -13,6 +13,7 @@ from vtdbg.commands import registry
 from vtdbg.errors import VtdbgError
 
 if TYPE_CHECKING:
+    from vtdbg.commands.run import Outcome
     from vtdbg_gdb.session import GdbSession
 
 SOURCE_OPTIONS = ("-s", "--source")
@@ -59,30 +60,33 @@ class Front:
             self._session.said = None
 
     def run(self, words: Sequence[str]) -> None:
-        from vtdbg.commands.run import run_words
-        from vtdbg.commands.session import Session
-
-        session: Any = self.session
-        other = any(word in SOURCE_OPTIONS or word.startswith("--source=") for word in words)
-        if other:
-            session = Session(program="vt", evaluate=self.session.evaluate)
         try:
-            if other:
-                outcome = run_words(words, session, _render)
-                session.close()
-            else:
-                with session.command():
-                    outcome = run_words(words, session, _render)
+            outcome = self._outcome(words)
+            gdb.set_convenience_variable("vt_status", outcome.status)
+            if not outcome.error:
+                gdb.write(outcome.text)
         except VtdbgError as error:
             raise gdb.GdbError(f"vt: {error}".replace("\n", " ")) from None
         except KeyboardInterrupt:
+            # Also one that came too late for the command and in time for what it has to say.
             raise gdb.GdbError("vt: interrupted; the target is as it was") from None
-        finally:
-            self._say()
-        gdb.set_convenience_variable("vt_status", outcome.status)
         if outcome.error:
             raise gdb.GdbError(outcome.error)
-        gdb.write(outcome.text)
+
+    def _outcome(self, words: Sequence[str]) -> "Outcome":
+        from vtdbg.commands.run import run_words
+        from vtdbg.commands.session import Session
+
+        try:
+            if any(word in SOURCE_OPTIONS or word.startswith("--source=") for word in words):
+                other = Session(program="vt", evaluate=self.session.evaluate)
+                outcome = run_words(words, other, _render)
+                other.close()
+                return outcome
+            with self.session.command():
+                return run_words(words, self.session, _render)
+        finally:
+            self._say()
 
     def complete(self, words: Sequence[str], prefix: str) -> List[str]:
         sources: Dict[str, Callable[[], Sequence[str]]] = {"field": lambda: _field_names(words[0]), "register": _register_names}
