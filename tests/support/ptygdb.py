@@ -18,6 +18,9 @@ CTRL_C = b"\x03"
 class PtyGdb:
     """`command` types a line and returns what is shown until the next prompt; `press` sends a key at any time, from any thread."""
 
+    QUIET = 0.03
+    """Seconds without a word after which nothing more is said."""
+
     def __init__(self, *commands: str, patience: float = 60) -> None:
         self._patience, self._number = patience, 0
         self._terminal, theirs = os.openpty()
@@ -42,6 +45,8 @@ class PtyGdb:
         self._number += 1
         os.write(self._terminal, f"echo settled-{self._number}\\n\n".encode())
         self._until(f"\nsettled-{self._number}\r\n".encode() + PROMPT, anywhere=True)
+        while select.select([self._terminal], [], [], self.QUIET)[0]:
+            os.read(self._terminal, 65536)
 
     def _until_prompt(self) -> str:
         return self._until(PROMPT).decode(errors="replace").replace("\r\n", "\n")[:-len(PROMPT)]
