@@ -33,7 +33,7 @@ def live_machine(session: Session) -> LiveMachine:
     """The live target; UsageError for a dump."""
     machine = session.machine
     if not isinstance(machine, LiveMachine):
-        raise UsageError(f"{machine.name} is a dump: this needs a live target (in GDB, or -s gdb:HOST:PORT)")
+        raise UsageError(f"{machine.name} is a dump: this needs a live target (in GDB or WinDbg, or -s gdb:HOST:PORT)")
     return machine
 
 
