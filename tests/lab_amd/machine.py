@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple, TypeVar
 
 from . import build
 
@@ -20,23 +20,13 @@ SMP_POINTS = ("one", "both", "nested")
 BOOT_PATIENCE = 400
 MEMORY = 96 << 20
 
+S = TypeVar("S", bound="Staged")
+
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _stage(script: str, environment: Dict[str, str], folder: Path, point: str, log: Callable[[], str]) -> Dict[str, Any]:
-    """What a gdb that runs `script` writes when it has taken the machine to `point`."""
-    command = ["gdb", "-q", "-nx", "-batch", "-x", str(build.HERE / script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BOOT_PATIENCE, check=False)
-    result = folder / "stage.json"
-    if not result.exists():
-        raise RuntimeError(f"the lab did not reach {point}: {done.stderr[-800:]}\n{log()[-800:]}")
-    state: Dict[str, Any] = json.loads(result.read_text())
-    result.unlink()
-    return state
 
 
 class Qemu:
@@ -109,28 +99,36 @@ class BareQemu(Qemu):
         super().__init__(folder, ["-m", "64M", "-smp", str(smp), *extra])
 
 
-class Smp(Qemu):
-    """KVM with two VMs on two processors (smp.c), the kernel at a random place.  `advance` goes from point to point, in the order of SMP_POINTS."""
+class Staged(Qemu):
+    """Linux and its KVM.  `advance` takes it from point to point, in the order of `points` only, by a gdb that runs `script`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = build.build()
+    points: Sequence[str]
+    script: str
+
+    def __init__(self, folder: Path, files: build.Built, ready: int, machine: Sequence[str], kernel: str) -> None:
+        """`ready`: the address that the first stage waits for; `machine` and `kernel`: further arguments of QEMU and of the kernel."""
+        self.files, self._ready = files, ready
         self.state: Dict[str, Any] = {}
         self.point = ""
         super().__init__(folder, [
-            "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", "-smp", "2", "-m", f"{MEMORY >> 20}M", "-no-reboot", "-serial", f"file:{folder / 'serial.log'}",
+            "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", *machine, "-m", f"{MEMORY >> 20}M", "-no-reboot", "-serial", f"file:{folder / 'serial.log'}",
             "-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={folder / 'ram'},share=on", "-machine", "pc,memory-backend=ram0",
-            "-kernel", str(self.files.kernel), "-initrd", str(self.files.initrd), "-append",
-            "rdinit=/init_smp console=ttyS0,115200 norandmaps panic=-1 loglevel=4 random.trust_cpu=off"])
+            "-kernel", str(files.kernel), "-initrd", str(files.initrd), "-append", kernel])
 
-    def advance(self, point: str) -> "Smp":
+    def advance(self: S, point: str) -> S:
         if self.point == point:
             return self
-        if self.point and SMP_POINTS.index(point) < SMP_POINTS.index(self.point):
+        if self.point and self.points.index(point) < self.points.index(self.point):
             raise RuntimeError(f"the machine is past {point}: it is at {self.point}")
-        environment = {**os.environ, "LAB_PORT": str(self.port), "LAB_POINT": point, "LAB_READY": str(self.files.smp_ready),
-                       "LAB_LOG": str(self.folder / "serial.log"), "LAB_RESULT": str(self.folder / "stage.json"),
-                       "LAB_RESULT_SO_FAR": json.dumps(self.state)}
-        self.state = _stage("stage_smp.py", environment, self.folder, point, lambda: self.log)
+        result = self.folder / "stage.json"
+        environment = {**os.environ, "LAB_PORT": str(self.port), "LAB_POINT": point, "LAB_READY": str(self._ready),
+                       "LAB_LOG": str(self.folder / "serial.log"), "LAB_RESULT": str(result), "LAB_RESULT_SO_FAR": json.dumps(self.state)}
+        command = ["gdb", "-q", "-nx", "-batch", "-x", str(build.HERE / self.script)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BOOT_PATIENCE, check=False)
+        if not result.exists():
+            raise RuntimeError(f"the lab did not reach {point}: {done.stderr[-800:]}\n{self.log[-800:]}")
+        self.state = json.loads(result.read_text())
+        result.unlink()
         self.point = point
         return self
 
@@ -139,53 +137,38 @@ class Smp(Qemu):
         return (self.folder / "serial.log").read_text(errors="replace")
 
     def truth(self, name: str) -> int:
-        """A number of the TRUTH lines: "pid_a", "hsave1", ..."""
+        """A number of the TRUTH lines: "hsave", "cr3", "pid_a", ..."""
         found = re.search(rf"\b{name}=(0x[0-9a-f]+|\d+)", self.log)
         assert found is not None, name
         return int(found.group(1), 0)
+
+
+class Smp(Staged):
+    """KVM with two VMs on two processors (smp.c), the kernel at a random place."""
+
+    points, script = SMP_POINTS, "stage_smp.py"
+
+    def __init__(self, folder: Path) -> None:
+        files = build.build()
+        super().__init__(folder, files, files.smp_ready, ["-smp", "2"],
+                         "rdinit=/init_smp console=ttyS0,115200 norandmaps panic=-1 loglevel=4 random.trust_cpu=off")
 
     def kallsyms(self) -> str:
         """The lines of /proc/kallsyms that the kernel printed."""
         return "".join(line + "\n" for line in re.findall(r"^KSYM (\w+ \w .*?)\r?$", self.log, re.M))
 
 
-class Lab(Qemu):
-    """KVM with one guest.  `advance` takes it from point to point, in the order of POINTS only."""
+class Lab(Staged):
+    """KVM with one guest."""
+
+    points, script = POINTS, "stage.py"
 
     def __init__(self, folder: Path) -> None:
         files = build.build()
-        self._ready = files.ready
-        self.state: Dict[str, int] = {}
-        self.point = ""
-        super().__init__(folder, [
-            "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", "-m", f"{MEMORY >> 20}M", "-no-reboot", "-serial", f"file:{folder / 'serial.log'}",
-            "-object", f"memory-backend-file,id=ram0,size={MEMORY},mem-path={folder / 'ram'},share=on", "-machine", "pc,memory-backend=ram0",
-            "-kernel", str(files.kernel), "-initrd", str(files.initrd), "-append",
-            "console=ttyS0,115200 nokaslr norandmaps init_on_free=1 hugepages=1 panic=-1 loglevel=4 random.trust_cpu=off"])
-
-    def advance(self, point: str) -> "Lab":
-        if self.point == point:
-            return self
-        if self.point and POINTS.index(point) < POINTS.index(self.point):
-            raise RuntimeError(f"the lab is past {point}: it is at {self.point}")
-        environment = {**os.environ, "LAB_PORT": str(self.port), "LAB_POINT": point, "LAB_READY": str(self._ready),
-                       "LAB_LOG": str(self.folder / "serial.log"), "LAB_RESULT": str(self.folder / "stage.json"),
-                       "LAB_RESULT_SO_FAR": json.dumps(self.state)}
-        self.state = _stage("stage.py", environment, self.folder, point, lambda: self.log)
-        self.point = point
-        return self
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "serial.log").read_text(errors="replace")
+        super().__init__(folder, files, files.ready, [],
+                         "console=ttyS0,115200 nokaslr norandmaps init_on_free=1 hugepages=1 panic=-1 loglevel=4 random.trust_cpu=off")
 
     def pagemap(self) -> List[Tuple[int, int]]:
         """(guest-physical, host-physical) of the guest's pages that the host's kernel had mapped, by its own /proc/self/pagemap."""
         rows = [(int(gpa, 16), int(hpa, 16)) for gpa, hpa in re.findall(r"TRUTH gpa=(\w+) hpa=(\w+)", self.log)]
         return [(gpa, hpa) for gpa, hpa in rows if hpa != (1 << 64) - 1]
-
-    def truth(self, name: str) -> int:
-        """A number of the TRUTH lines: "hsave", "cr3", ..."""
-        found = re.search(rf"\b{name}=(0x[0-9a-f]+)", self.log)
-        assert found is not None, name
-        return int(found.group(1), 16)
