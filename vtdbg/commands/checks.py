@@ -86,10 +86,11 @@ def check_vmcs(
             report.notes.append(f"{whose}: checks that read memory are undecided, and --caps have to be those that its hypervisor sees")
         findings = check_vm_entry(item.vmcs, caps, seen, lint=lint, **given)
         outcome = predict_vm_entry(item.vmcs, caps, seen, **given)
+        failure = recorded_failure(item.vmcs)
         group = Group(
             "vmcs",
             item.title,
-            _blocks(findings, _outcome_words(outcome), all, _recorded(item.vmcs, outcome), recorded_failure(item.vmcs)),
+            _blocks(findings, _outcome_words(outcome), all, _recorded(item.vmcs, failure, outcome), failure),
             {"address": hex_or_none(item.address), "outcome": _outcome_data(outcome)},
         )
         group.blocks += unparsed_block(item.text)
@@ -162,8 +163,9 @@ def _blocks(findings: Sequence[Finding], outcome: Value, show_all: bool, recorde
     if failure is not None:
         from vtdbg.vmx.entry.predict import rule
 
-        before = [finding for finding in undecided if finding.severity == "fail" and failure.passed(rule(finding.id).outcome)]
-        undecided = [finding for finding in undecided if finding not in before]
+        then = {finding.id for finding in undecided if finding.severity == "fail" and failure.passed(rule(finding.id).outcome)}
+        before = [finding for finding in undecided if finding.id in then]
+        undecided = [finding for finding in undecided if finding.id not in then]
     if undecided:
         blocks.append(_undecided("undecided", f"{_checks_are(len(undecided))} undecided for want of input", undecided, show_all))
     if before and show_all:
@@ -225,11 +227,10 @@ def _undecided(key: str, title: str, rows: Sequence[Finding], show_all: bool) ->
     return Lines(key, lines, title=title, bullet="- ")
 
 
-def _recorded(vmcs: "Vmcs", outcome: Any) -> Optional[Value]:
+def _recorded(vmcs: "Vmcs", failure: "Optional[RecordedFailure]", outcome: Any) -> Optional[Value]:
     """What the VMCS records of a failed entry, beside what was found; None where it records none."""
-    from vtdbg.vmx.entry.recorded import recorded_error, recorded_failure
+    from vtdbg.vmx.entry.recorded import recorded_error
 
-    failure = recorded_failure(vmcs)
     if failure is None:
         error = recorded_error(vmcs)
         return None if error is None else Value(error, f"VM-instruction error {error}, of the last VMfail, whenever that was", "warn")

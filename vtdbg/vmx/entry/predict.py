@@ -34,9 +34,14 @@ def all_rules() -> Tuple[Rule, ...]:
             + guest_nonregister.RULES + guest_nonregister.PDPTE_RULES + msr_load.RULES)
 
 
+@cache
+def _by_id() -> Dict[str, Rule]:
+    return {one.id: one for one in launch.book.rules + all_rules()}
+
+
 def rule(id: str) -> Rule:
     """The rule by its id; KeyError where there is none."""
-    return {one.id: one for one in launch.book.rules + all_rules()}[id]
+    return _by_id()[id]
 
 
 def check_vm_entry(vmcs: Vmcs, caps: Optional[VmxCapabilities] = None, memory: Optional[PhysicalMemory] = None, *,
