@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from support import gdbdocs
@@ -188,29 +188,36 @@ class Interrupted(MiPort):
         return answer
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_an_interrupt_at_every_step_leaves_the_target_as_it_was(stub: VmxStub, late: bool) -> None:
-    """Ctrl-C at each of the commands that an injected VMREAD consists of: all registers, code and stack bytes are the same afterwards."""
+def interrupted_at_every_step(stub: VmxStub, late: bool, inject: "Callable[[Injector, Interrupted], None]",
+                              state: "Callable[[Interrupted], object]") -> int:
+    """Ctrl-C at each of the commands that `inject` consists of, until there is none left: `state` is the same each time.  How many there were."""
     with Interrupted(f"127.0.0.1:{stub.port}") as gdb:
         assert gdb.run_to(HANDLER)
-        before = everything(gdb)
+        before = state(gdb)
         gdb.late = late
         for number in range(1, 200):
             gdb.at, gdb.seen = number, 0
             completed = False
             try:
                 with Injector(gdb, lambda: None) as target:
-                    assert target.vmreads([0x681E]).values[0x681E] >= GUEST
+                    inject(target, gdb)
                     completed = True
             except KeyboardInterrupt:
                 pass
             interrupted, gdb.at = gdb.seen >= number, -1
-            assert everything(gdb) == before, number
+            assert state(gdb) == before, number
             if completed and not interrupted:
-                break
-        else:
-            pytest.fail("the injection never completed")
-        assert number > 40
+                return number
+    pytest.fail("the injection never completed")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_at_every_step_leaves_the_target_as_it_was(stub: VmxStub, late: bool) -> None:
+    """Ctrl-C at each of the commands that an injected VMREAD consists of: all registers, code and stack bytes are the same afterwards."""
+    def read(target: Injector, _: Interrupted) -> None:
+        assert target.vmreads([0x681E]).values[0x681E] >= GUEST
+
+    assert interrupted_at_every_step(stub, late, read, everything) > 40
 
 
 def test_layout_is_learnt(at_handler: MiPort, stub: VmxStub, tmp_path: Path) -> None:
@@ -283,27 +290,14 @@ def test_fields_are_placed_by_writing(at_handler: MiPort, stub: VmxStub, tmp_pat
 @pytest.mark.parametrize("late", [False, True])
 def test_an_interrupt_at_every_step_of_writing_leaves_the_vmcs_as_it_was(stub: VmxStub, late: bool) -> None:
     """Ctrl-C at each command while one field is changed, looked for and put back: the same page, registers and code."""
-    with Interrupted(f"127.0.0.1:{stub.port}") as gdb:
-        assert gdb.run_to(HANDLER)
-        before, page = everything(gdb), vmcs_page(gdb)
-        gdb.late = late
-        for number in range(1, 200):
-            gdb.at, gdb.seen = number, 0
-            completed = False
-            try:
-                with Injector(gdb, lambda: None) as target:
-                    assert place_by_writing(target, {0x6C16: HANDLER}, lambda: vmcs_page(gdb)).places[0x6C16].offset == stub.layout[0x6C16]
-                    completed = True
-            except KeyboardInterrupt:
-                pass
-            interrupted, gdb.at = gdb.seen >= number, -1
-            gdb.execute("monitor virt")
-            assert (everything(gdb), vmcs_page(gdb)) == (before, page), number
-            if completed and not interrupted:
-                break
-        else:
-            pytest.fail("the writing never completed")
-        assert number > 60
+    def write(target: Injector, gdb: Interrupted) -> None:
+        assert place_by_writing(target, {0x6C16: HANDLER}, lambda: vmcs_page(gdb)).places[0x6C16].offset == stub.layout[0x6C16]
+
+    def state(gdb: Interrupted) -> object:
+        gdb.execute("monitor virt")
+        return everything(gdb), vmcs_page(gdb)
+
+    assert interrupted_at_every_step(stub, late, write, state) > 60
 
 
 def _without_samples(path: Path, folder: Path) -> Path:
