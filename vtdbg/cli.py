@@ -46,13 +46,19 @@ def _shell(words: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("vtdbg: interrupted", file=sys.stderr)
-        return 130
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command; the return value is the exit status."""
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        # Here and not further in: one that comes while a session is being closed is one line too.
+        print("vtdbg: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Optional[Sequence[str]]) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = given if given[:1] == ["gdb"] else reorder(given)
     if words[:1] == ["--version"]:
@@ -78,9 +84,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         # `vtdbg ... | head`: the reader has what it wants; Python must not complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print(f"{session.program}: interrupted", file=sys.stderr)
-        return 130
     finally:
         session.close()
 

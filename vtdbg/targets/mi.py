@@ -7,13 +7,14 @@ killed rather than told to quit when this process dies: a connection that breaks
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import time
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from vtdbg.errors import UsageError
 from vtdbg.targets.gdbtext import GdbPort, error_of
-from vtdbg.targets.interrupts import waiting_at_most
+from vtdbg.targets.interrupts import held_back, waiting_at_most
 from vtdbg.targets.port import TargetError, TargetGone, unavailable
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ def _command(gdb: str) -> List[str]:
     prefix = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     prefix += ["setsid"] if shutil.which("setsid") else []
     return [*prefix, gdb, "--nx", "--quiet", "--interpreter=mi3"]
+
+
+def _stopped(records: List[Dict[str, Any]]) -> bool:
+    return any(item["type"] == "notify" and item["message"] == "stopped" for item in records)
 
 
 class MiPort(GdbPort):
@@ -89,7 +94,8 @@ class MiPort(GdbPort):
         self._write(gdb, f"{token}{command}")
         end = time.monotonic() + (patience or self._patience)
         while True:
-            self._unread += self._read(gdb, end) if not self._unread else []
+            if not self._unread:
+                self._fill(gdb, end)
             while self._unread:
                 # What comes with the result and behind it (a stop) is for who asks next.
                 record = self._unread.pop(0)
@@ -116,13 +122,18 @@ class MiPort(GdbPort):
         except OSError as error:
             raise TargetGone(f"gdb has ended: {error}") from error
 
-    @staticmethod
-    def _read(gdb: "GdbController", end: float) -> List[Dict[str, Any]]:
+    def _fill(self, gdb: "GdbController", end: float) -> None:
+        """Adds what gdb has said to `_unread`; waits for it, but not past `end` and not for long, so that the caller can look at the time."""
         wait = max(min(end - time.monotonic(), 0.5), 0.001)
-        found: List[Dict[str, Any]] = gdb.get_gdb_response(timeout_sec=wait, raise_error_on_timeout=False)
+        if os.name == "posix":
+            # The wait can be interrupted; reading cannot: pygdbmi would lose what it has taken from the pipe, and read the rest of a line as a line.
+            select.select(gdb.io_manager.read_list, [], [], wait)
+            wait = 0.0
+        with held_back():
+            found: List[Dict[str, Any]] = gdb.get_gdb_response(timeout_sec=wait, raise_error_on_timeout=False)
+            self._unread += found
         if not found and gdb.gdb_process is not None and gdb.gdb_process.poll() is not None:
             raise TargetGone(f"gdb has ended with status {gdb.gdb_process.returncode}")
-        return found
 
     def read_virtual(self, address: int, size: int) -> bytes:
         try:
@@ -170,8 +181,10 @@ class MiPort(GdbPort):
         end = time.monotonic() + patience
         gdb = self._gdb
         try:
-            while gdb is not None and not any(item["type"] == "notify" and item["message"] == "stopped" for item in records):
-                records, self._unread = self._unread or self._read(gdb, end), []
+            while gdb is not None and not _stopped(records):
+                if not self._unread:
+                    self._fill(gdb, end)
+                records, self._unread = self._unread, []
                 if time.monotonic() > end:
                     raise TargetError(f"the target did not stop within {patience:.0f} s")
         except (TargetError, KeyboardInterrupt):
@@ -187,7 +200,9 @@ class MiPort(GdbPort):
         os.kill(gdb.gdb_process.pid, signal.SIGINT)
         end = time.monotonic() + 5
         while time.monotonic() < end:
-            if any(item["type"] == "notify" and item["message"] == "stopped" for item in self._read(gdb, end)):
+            self._fill(gdb, end)
+            records, self._unread = self._unread, []
+            if _stopped(records):
                 return
 
     def close(self) -> None:
