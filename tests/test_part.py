@@ -75,9 +75,9 @@ def test_a_long_search_is_refused_with_how_long_it_takes(intel_plain: Path) -> N
     for words in ("vmcs list", "vmcs dump", "ept walk 0x1000", "source scan", "ept roots", "vmcs list --rejected"):
         outcome = asked(memory, words)
         assert outcome.status == 2 and "\n" not in outcome.error, outcome
-        assert re.search(r"searching 128 MiB takes about [3-9] minutes through this connection \(0\.[0-9] MB/s\)", outcome.error)
+        assert re.search(r"searching 128 MiB takes about \d+ minutes through this connection \(0\.\d+ MB/s\)", outcome.error)
         assert outcome.error.endswith("give the address, a part of the memory (--scan A-B), or --scan all")
-    assert set(memory.reads) == {(0, 4 * PAGE)}
+    assert set(memory.reads) == {((2 * number + 1) * (8 << 20), 4 * PAGE) for number in range(8)}
     assert asked(memory, "vmcs get GUEST_RIP --at 0x6826000").status == 0
     outcome = asked(Slow(vtdbg.open(str(intel_plain)).memory, 0.02), "vmcs list --scan 0+0x7fff000")
     assert outcome.status == 2 and "a smaller part of the memory" in outcome.error
@@ -103,7 +103,7 @@ def test_all_of_it_is_searched_where_the_user_says_so() -> None:
             yield 0, memoryview(self.memory.read(0, 4 * PAGE))
 
     memory = Huge(vtdbg.memory_from_segments([(0, bytes(4 * PAGE))]), 0.01)
-    assert re.search(r"searching 16 GiB takes about [3-9] hours through", asked(memory, "vmcs list").error)
+    assert re.search(r"searching 16 GiB takes about \d+ hours through", asked(memory, "vmcs list").error)
     assert asked(memory, "vmcs list --scan all").text.endswith("no VMCS found\n")
 
 
@@ -123,13 +123,33 @@ def test_a_fast_memory_is_not_asked() -> None:
         assert outer.remote
 
 
+class Holed(Slow):
+    """What is below 0x5000 is said to exist and cannot be read."""
+
+    def read(self, address: int, size: int) -> bytes:
+        if address < 0x5000:
+            raise MemoryUnavailable(address, size, "refused")
+        return super().read(address, size)
+
+
 def test_a_measurement_skips_ranges_that_cannot_be_read() -> None:
-    class Holed(Slow):
+    memory = vtdbg.memory_from_segments([(0x1000, bytes(PAGE)), (0x5000, bytes(PAGE))])
+    assert measured_seconds(Holed(memory, 0.001), PAGE, 0) is not None
+    assert measured_seconds(Holed(vtdbg.memory_from_segments([(0x1000, bytes(PAGE))]), 0.001), PAGE, 0) is None
+
+
+def test_one_slow_read_does_not_make_a_connection_slow(intel_plain: Path) -> None:
+    """The machine that serves it may have had something else to do."""
+    class Busy(Slow):
         def read(self, address: int, size: int) -> bytes:
-            if address < 0x5000:
-                raise MemoryUnavailable(address, size, "refused")
+            self.seconds = 0.05 if len(self.reads) < 2 else 0.0
             return super().read(address, size)
 
-    memory = vtdbg.memory_from_segments([(0x1000, bytes(PAGE)), (0x5000, bytes(PAGE))])
-    assert measured_seconds(Holed(memory, 0.001), PAGE) is not None
-    assert measured_seconds(Holed(vtdbg.memory_from_segments([(0x1000, bytes(PAGE))]), 0.001), PAGE) is None
+    memory = Busy(vtdbg.open(str(intel_plain)).memory, 0.0)
+    assert "0x6826000" in asked(memory, "vmcs list").text
+
+
+def test_little_memory_is_searched_however_slow() -> None:
+    memory = Slow(vtdbg.memory_from_segments([(0, bytes(2 << 20))]), 1.5)
+    assert asked(memory, "vmcs list").text.endswith("no VMCS found\n")
+    assert len(memory.reads) == 2

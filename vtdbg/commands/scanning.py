@@ -18,6 +18,8 @@ STALE_VMCB = "a VMCB in memory is as of the last #VMEXIT; while the guest runs, 
 _FIRST_AFTER, _EVERY = 0.7, 0.2
 MOST_SECONDS = 120
 """A search that takes longer than this by the speed of its first pages is not begun unless it was asked for with --scan."""
+NEVER_LONG = 2 << 20
+"""Bytes; even a serial line (115200 baud) brings so much in three minutes."""
 EVERYTHING = "all"
 
 
@@ -32,11 +34,11 @@ def searched_memory(session: Session) -> PhysicalMemory:
         raise UsageError("cannot scan: which physical memory exists is not known here; give the address of the control block, "
                          "or what to search (--scan A-B)")
     total = sum(length for _, length in ranges)
-    seconds = measured_seconds(memory, total) if memory.remote and session.scan != EVERYTHING else None
+    measured = memory.remote and session.scan != EVERYTHING and total > NEVER_LONG
+    seconds = measured_seconds(memory, total, MOST_SECONDS) if measured else None
     if seconds is not None and seconds > MOST_SECONDS:
-        speed = total / seconds
         raise UsageError(f"searching {size_text(total & -(1 << 20))} takes about {_duration(seconds)} through this connection "
-                         f"({speed / 1e6:.1f} MB/s): give the address, {'a smaller' if part else 'a'} part of the memory (--scan A-B), "
+                         f"({total / seconds / 1e6:.2g} MB/s): give the address, {'a smaller' if part else 'a'} part of the memory (--scan A-B), "
                          "or --scan all")
     return memory
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory, Range
 
-_PIECE, _SAMPLE, _PLACES = 1 << 16, 4, 8
-"""Bytes read at once; pages of a sample; how many places are tried where memory is missing."""
+_PIECE, _SAMPLE, _PLACES = 1 << 16, 4 * PAGE_SIZE, 8
+"""Bytes read at once; bytes of a sample; at how many places one is taken."""
+_LONG = 3.0
+"""Seconds after which two samples are enough."""
 
 
 class PartOfMemory(PhysicalMemory):
@@ -59,14 +61,35 @@ def _pieces(memory: PhysicalMemory, address: int, size: int) -> Iterator[Tuple[i
             continue
 
 
-def measured_seconds(memory: PhysicalMemory, size: int) -> Optional[float]:
-    """How long reading `size` bytes takes by the time of a few pages; None where none of them can be read."""
-    for start, length in (memory.ranges() or ())[:_PLACES]:
-        sample = min(length, _SAMPLE * PAGE_SIZE)
+def measured_seconds(memory: PhysicalMemory, size: int, limit: float) -> Optional[float]:
+    """How long reading `size` bytes takes by the time of a few pages; None where none of them can be read.
+
+    The fastest of several samples says what the connection can do: one that waits for a busy machine says nothing of it.  The first that
+    promises less than `limit` seconds is enough.  They lie apart, so that pages which a cache holds already do not decide.
+    """
+    least: Optional[float] = None
+    started = time.perf_counter()
+    for number, (at, count) in enumerate(_samples(memory.ranges() or ())):
         begin = time.perf_counter()
         try:
-            memory.read(start, sample)
+            memory.read(at, count)
         except MemoryUnavailable:
             continue
-        return (time.perf_counter() - begin) * size / sample
-    return None
+        seconds = (time.perf_counter() - begin) * size / count
+        least = seconds if least is None else min(least, seconds)
+        if least <= limit or number >= _PLACES - 1 or number and time.perf_counter() - started > _LONG:
+            break
+    return least
+
+
+def _samples(ranges: Sequence[Range]) -> Iterator[Range]:
+    """Places in the middle of equal parts of what exists; then, for where none of it can be read, the beginnings of the ranges."""
+    total = sum(length for _, length in ranges)
+    for number in range(_PLACES):
+        left = total * (2 * number + 1) // (2 * _PLACES) & -PAGE_SIZE
+        for start, length in ranges:
+            if left < length:
+                yield start + left, min(length - left, _SAMPLE)
+                break
+            left -= length
+    yield from ((start, min(length, _SAMPLE)) for start, length in ranges[:_PLACES])
