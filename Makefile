@@ -24,6 +24,7 @@ bench: $(VENV)/.dev-installed
 fuzz: $(VENV)/.dev-installed
 	sh tests/setup.sh
 	VTDBG_FUZZ_CASES=$${VTDBG_FUZZ_CASES:-200000} $(BIN)/python -m pytest tests/test_entry_processor.py tests/test_ept.py tests/test_svm_processor.py
+	$(BIN)/python -m pytest --hypothesis-profile=random -m "not live"
 
 $(VENV)/bin/python:
 	@sh tests/make_venv.sh $(PYTHON) $(VENV)

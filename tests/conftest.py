@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any, Dict
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["support.fixtures"]
 
 DATA = Path(__file__).parent / "data"
 _ZEROS = bytes(4096)
+
+# What a test says must not depend on the day or on how busy the machine is: each run draws the same examples (`make fuzz` draws others), and none
+# is refused for the time that it takes or that making it takes.
+settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("random", settings.get_profile("repeatable"), derandomize=False)
+settings.load_profile("repeatable")
 
 # A shell starts what it puts into the background with SIGINT ignored, and every program below inherits that: Ctrl-C would be tested in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

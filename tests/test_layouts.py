@@ -427,7 +427,7 @@ def test_arbitrary_bytes_raise_nothing_but_our_errors(data: st.DataObject) -> No
         assert all(0 <= value.value < 1 << (value.field.size * 8) for value in vmcs.values())
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(changes=st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=200))
 def test_mutated_real_pages_decode_or_raise_our_errors(page_a: bytes, changes: List[Any]) -> None:
     page = bytearray(page_a)
@@ -517,7 +517,7 @@ def test_a_layout_file_that_is_not_there_or_binary_or_huge(tmp_path: Path) -> No
         L.load_layout(tmp_path / "h.json")
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_mutated_layout_files_load_or_say_why(data: st.DataObject, tmp_path: Path) -> None:
     text = bytearray(json.dumps(GOOD).encode())

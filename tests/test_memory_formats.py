@@ -69,7 +69,7 @@ def check_views(memory: PhysicalMemory, segments: Segments) -> None:
     assert bytes(seen) == b"".join(data for _, data in segments)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(pages=st.sets(st.integers(0, 60) | st.integers(0, 2047), min_size=1, max_size=24), seed=st.integers(0, 1 << 32),
        reads=st.lists(st.tuples(st.integers(0, 2050 * PAGE), st.integers(0, 3 * PAGE)), max_size=12))
 def test_the_same_segments_as_every_format_read_back_the_same(tmp_path: Path, pages: Set[int], seed: int, reads: List[Tuple[int, int]]) -> None:
@@ -92,7 +92,7 @@ def test_the_same_segments_as_every_format_read_back_the_same(tmp_path: Path, pa
             check_views(memory, segments)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(cuts=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 3000)), min_size=1, max_size=12), reads=st.lists(
     st.tuples(st.integers(0, 9000), st.integers(0, 300)), max_size=10))
 def test_formats_without_pages_keep_segments_of_any_alignment(tmp_path: Path, cuts: List[Tuple[int, int]], reads: List[Tuple[int, int]]) -> None:

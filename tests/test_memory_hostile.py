@@ -60,7 +60,7 @@ def use(path: Path) -> None:
             assert all(isinstance(value, int) for value in cpu.registers.values())
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(name=st.sampled_from(NAMES), edits=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 600), st.sampled_from(
     [b"\0", b"\xff", b"\x80", b"\0" * 4, b"\xff" * 4, b"\xff" * 8, b"\0" * 8, b"\xf0\xff\xff\xff\xff\xff\xff\xff", b"\0\0\0\0\0\1"]) | st.binary(
         min_size=1, max_size=8)), min_size=1, max_size=6), keep=st.none() | st.integers(0, 40000))
