@@ -54,6 +54,19 @@ def test_every_verb_has_help_and_every_group_lists_its_verbs() -> None:
     assert vtdbg("vmcs", "dump", "--help").status == 0
 
 
+def test_help_fits_a_terminal_and_explains_one_word_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns are what a terminal has at least.  `decode` is a group and its only verb: its --help is the verb's, not a list that names itself."""
+    monkeypatch.setenv("COLUMNS", "80")
+    registry.parser_for.cache_clear()
+    for verb in registry.all_verbs():
+        assert max(map(len, registry.usage(verb).splitlines())) <= 80, verb.name
+    for group in registry.GROUPS:
+        assert max(map(len, vtdbg(group, "--help").out.splitlines())) <= 80, group
+    assert max(map(len, vtdbg().out.splitlines())) <= 80
+    for word in ("decode", "report", "phys", "where", "cpuid"):
+        assert vtdbg(word, "--help").out == vtdbg("help", word).out == registry.usage(registry.find_verb([word])[0]), word
+
+
 def test_a_source_by_option_before_or_after_the_verb_or_by_variable(intel_plain: Path) -> None:
     after = vtdbg("vmcs", "list", "-s", intel_plain)
     before = vtdbg("-s", intel_plain, "vmcs", "list")

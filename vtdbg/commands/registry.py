@@ -184,6 +184,17 @@ COMMON_OPTIONS: Tuple[Opt, ...] = (
 )
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Descriptions are docstrings: paragraphs stay apart, each flowed to the width."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        import inspect
+        import textwrap
+
+        return "\n\n".join(textwrap.fill(" ".join(part.split()), width, initial_indent=indent, subsequent_indent=indent)
+                           for part in inspect.cleandoc(text).split("\n\n"))
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that raises UsageError instead of ending the process: a debugger must survive a typo."""
 
@@ -194,11 +205,17 @@ class ArgumentParser(argparse.ArgumentParser):
 @cache
 def parser_for(found: Verb, program: str = "vtdbg") -> ArgumentParser:
     """The verb's command line as an argparse parser, common options included."""
+    parser = _own_parser(found, program)
+    add_common_options(parser)
+    return parser
+
+
+def _own_parser(found: Verb, program: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"{program} {found.name}".strip(),
         description=found.description or found.summary,
         add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     for argument in found.arguments:
@@ -209,7 +226,6 @@ def parser_for(found: Verb, program: str = "vtdbg") -> ArgumentParser:
     section = parser.add_argument_group("options")
     for option in found.options:
         _add_option(section, option)
-    add_common_options(parser)
     return parser
 
 
@@ -246,7 +262,14 @@ def _converted(kind: str, value: Any, convert: Callable[[str, str], Any]) -> Any
 
 
 def usage(found: Verb, program: str = "vtdbg") -> str:
-    return parser_for(found, program).format_help()
+    """The help of a verb.  The common options are named once below: in the first lines they would bury its own."""
+    parser = _own_parser(found, program)
+    own = parser.format_usage().partition(" ")[2].rstrip()
+    add_common_options(parser)
+    last = own.rpartition("\n")[2]
+    gap = " " if len(last) + len(" [common options]") < 72 else "\n" + " " * (len(parser.prog) + 8)
+    parser.usage = f"{own}{gap}[common options]".replace("%", "%%")
+    return parser.format_help()
 
 
 def complete(words: Sequence[str], prefix: str, sources: Optional[Mapping[str, Callable[[], Sequence[str]]]] = None) -> List[str]:

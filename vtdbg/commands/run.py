@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.commands import registry
 from vtdbg.commands.session import Session
@@ -30,10 +30,10 @@ def run_words(words: Sequence[str], session: Session, render: Render) -> Outcome
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             return Outcome(overview(session.program, words[1:]), FINE)
-        if len(words) == 1 and words[0] in registry.GROUPS and all(len(found.words) > 1 for found in registry.verbs_of(words[0])):
+        if len(words) == 1 and _has_verbs(words[0]):
             return Outcome(group_help(words[0], session.program), FINE)
-        if len(words) == 2 and words[0] in registry.GROUPS and words[1] in ("-h", "--help"):
-            return Outcome(group_help(words[0], session.program), FINE)
+        if len(words) == 2 and words[1] in ("-h", "--help") and words[0] in registry.GROUPS:
+            return Outcome(overview(session.program, words[:1]), FINE)
         found, rest = registry.find_verb(words)
         if any(word in ("-h", "--help") for word in rest):
             return Outcome(registry.usage(found, session.program), FINE)
@@ -53,27 +53,40 @@ def run_words(words: Sequence[str], session: Session, render: Render) -> Outcome
 
 
 def overview(program: str, words: Sequence[str] = ()) -> str:
-    """The list of groups, or the help of the named verb."""
+    """The list of groups, or the help of the named verb or group."""
     if words:
-        if len(words) == 1 and words[0] in registry.GROUPS:
+        if len(words) == 1 and _has_verbs(words[0]):
             return group_help(words[0], program)
         found, _ = registry.find_verb(words)
         return registry.usage(found, program)
-    lines = [f"usage: {program} GROUP VERB [arguments] [-s SOURCE]".replace("  ", " "), ""]
-    lines += [f"  {group:<10} {summary}" for group, summary in registry.GROUPS.items()]
-    lines += [
-        "",
-        f"{program} GROUP lists its verbs; {program} GROUP VERB --help explains one.".strip(),
-        "Exit status: 0 fine, 1 findings, 2 bad input.",
-    ]
+    lines = [f"usage: {program} GROUP VERB [arguments] [-s SOURCE]", "", *_listed(list(registry.GROUPS.items())), ""]
+    if program == "vtdbg":
+        lines += [*_listed([("shell", "the same commands at a prompt: vtdbg shell -s SOURCE"),
+                            ("gdb", "GDB with the same commands loaded: vtdbg gdb [gdb's arguments]")]), ""]
+    lines += [f"{program} GROUP lists its verbs; {program} GROUP VERB --help explains one.", "Exit status: 0 fine, 1 findings, 2 bad input."]
     return "\n".join(lines) + "\n"
+
+
+def _has_verbs(group: str) -> bool:
+    """Whether the word is a group of several verbs, and not itself one, as `decode` is."""
+    return group in registry.GROUPS and all(len(found.words) > 1 for found in registry.verbs_of(group))
 
 
 def group_help(group: str, program: str) -> str:
     """The verbs of a group, one a line."""
     verbs = registry.verbs_of(group)
-    width = max(len(found.name) for found in verbs)
-    lines = [f"{group}: {registry.GROUPS[group]}", ""]
-    lines += [f"  {found.name:<{width}}  {found.summary}" for found in verbs]
-    lines += ["", f"{program} {verbs[0].name} --help explains one.".strip()]
+    lines = [f"{group}: {registry.GROUPS[group]}", "", *_listed([(found.name, found.summary) for found in verbs])]
+    lines += ["", f"{program} {verbs[0].name} --help explains one."]
     return "\n".join(lines) + "\n"
+
+
+def _listed(rows: Sequence[Tuple[str, str]]) -> List[str]:
+    """Names with a line of text each, in 80 columns."""
+    import textwrap
+
+    width = max(10, *(len(name) for name, _ in rows))
+    lines = []
+    for name, text in rows:
+        first, *others = textwrap.wrap(text, 80 - width - 4)
+        lines += [f"  {name:<{width}}  {first}", *(" " * (width + 4) + piece for piece in others)]
+    return lines
