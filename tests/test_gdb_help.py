@@ -13,7 +13,7 @@ from typing import Iterator
 
 import pytest
 from lab_amd import build
-from support.live import had
+from support.live import PATIENCE, had
 
 from vtdbg.commands import registry
 from vtdbg.commands.gdbhelp import help_texts
@@ -46,7 +46,7 @@ def gdb(*commands: str) -> "list[str]":
     """What a GDB with the plugin and no target prints for each command."""
     words = [word for command in commands for word in ("-ex", command, "-ex", "echo \\n====\\n")]
     done = subprocess.run(gdb_arguments(["-q", "-nx", "-batch", "-ex", "set width 0", *words]), env=gdb_environment(), capture_output=True, text=True,
-                          timeout=60, check=False)
+                          timeout=PATIENCE, check=False)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr, done.stderr
     return done.stdout.split("\n====\n")[:-1]
 
@@ -99,5 +99,5 @@ def test_completion(real: None) -> None:
 @pytest.mark.live
 def test_a_wrong_verb_has_suggestions(real: None) -> None:
     done = subprocess.run(gdb_arguments(["-q", "-nx", "-batch", "-ex", "vmcs dmup"]), env=gdb_environment(), capture_output=True, text=True,
-                          timeout=60, check=False)
+                          timeout=PATIENCE, check=False)
     assert done.stderr.strip() == "vt: unknown vmcs command 'dmup'; did you mean dump?"

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from lab_amd import Smp
-from support.live import Unavailable, had, started
+from support.live import PATIENCE, Unavailable, had, started
 from support.livegdb import body, error, plugged, vtdbg
 from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 
@@ -202,7 +202,7 @@ def test_gdb_ends_as_it_should(one: Smp, symbols: Path) -> None:
     """Connected, asked, disconnected, ended: no crash, nothing on the error stream but GDB's own warning, and the machine is still paused."""
     commands = [f"target remote 127.0.0.1:{one.port}", f"add-symbol-file {symbols}", "vt where", "thread apply all -q vmcb get rip", "disconnect"]
     line = gdb_arguments(["-q", "-nx", "-batch", *(word for command in commands for word in ("-ex", command))])
-    done = subprocess.run(line, env=gdb_environment(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(line, env=gdb_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0 and "rror" not in done.stderr, done.stderr
     assert done.stdout.count("current is the VMCB") == 3 and "1*" in done.stdout
     assert not one.running
@@ -508,7 +508,7 @@ def test_vmcb12_in_the_guests_memory(nested: Smp, symbols: Path) -> None:
 
 def test_exit_trace_of_two_processors(nested: Smp) -> None:
     """Last of these, for the machine runs: the exits of each processor are those of the guests that are pinned to it, with its own VMCB."""
-    with plugged(nested.port, "set width 150", patience=120) as gdb:
+    with plugged(nested.port, "set width 150") as gdb:
         gdb.execute("vt where")
         text = gdb.execute(f"vt exit trace {nested.state['vmrun'] + 3:#x} --count 40 --json")
         exits = json.loads(text[text.index("{"):])["exits"]

@@ -198,7 +198,7 @@ def test_a_second_client_is_told(guest: Lab) -> None:
 
 def test_interrupted_dump_puts_the_mode_back(guest: Lab) -> None:
     """Ctrl-C while `npt dump` reads through the stub: memory packets are virtual again and no register has changed."""
-    with plugged(guest.port, patience=60) as gdb:
+    with plugged(guest.port) as gdb:
         before = gdb.execute("info registers")
         gdb.execute("vt source info")
         assert gdb._gdb is not None and gdb._gdb.gdb_process is not None

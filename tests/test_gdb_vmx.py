@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from support import gdbdocs
-from support.live import started
+from support.live import PATIENCE, started
 from support.livegdb import error, plugged, vtdbg
 from support.ptygdb import PtyGdb
 from support.vmxstub import EXITS, GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
@@ -391,7 +391,7 @@ def test_wrong_architecture_is_recognised() -> None:
         connect = f"target remote 127.0.0.1:{plain.port}"
         commands = ["set architecture i386", connect, "vmcs list", "set architecture i386:x86-64", connect, "vt source info", "disconnect"]
         line = gdb_arguments(["-q", "-nx", "-batch", *(word for command in commands for word in ("-ex", command))])
-        done = subprocess.run(line, env=gdb_environment(), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(line, env=gdb_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert "'g' packet" in done.stderr
         assert "vt: GDB has no target" in done.stderr and "set architecture i386:x86-64" in done.stderr
         assert "a stub without physical reads" in " ".join(done.stdout.split())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import List
 
 import pytest
+from support.live import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (["vmcs", "list"], ["vmcs", "dump"], ["vmcs", "check"], ["ept", "dump"], ["gva", "walk", "0x1000"], ["exit", "explain"], ["gdt", "dump"],
@@ -38,7 +39,7 @@ def others() -> List[str]:
 def output(python: str) -> str:
     """What all the commands print, in one process."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([python, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, env=variables, timeout=120)
+    done = subprocess.run([python, "-W", "error", "-c", PROGRAM], capture_output=True, text=True, env=variables, timeout=PATIENCE)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
 

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from support.live import Unavailable
+from support.live import PATIENCE, Unavailable
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-default-apps", "--force-device-scale-factor=1")
@@ -36,7 +36,7 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="vtdbg-chromium-")
         self._driver = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
-            self._http = http.client.HTTPConnection("127.0.0.1", self._port(), timeout=60)
+            self._http = http.client.HTTPConnection("127.0.0.1", self._port(), timeout=PATIENCE)
             options = {"binary": chromium, "args": [*FLAGS, f"--user-data-dir={self._profile}", f"--window-size={width},{height}"]}
             made = self._call("POST", "/session", {"capabilities": {"alwaysMatch": {
                 "browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})
@@ -55,7 +55,7 @@ class Browser:
 
     def _end(self) -> None:
         self._driver.terminate()
-        self._driver.wait(timeout=20)
+        self._driver.wait(timeout=PATIENCE)
         if self._driver.stdout is not None:
             self._driver.stdout.close()
         shutil.rmtree(self._profile, ignore_errors=True)

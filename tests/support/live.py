@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from typing import Callable, Iterator, Protocol, TypeVar
 
 
+PATIENCE = 600.0
+"""Seconds that a test waits for what has to come.  It only ends what hangs: a busy machine takes many times as long as an idle one."""
+
+
 class Unavailable(Exception):
     """An engine that the tests compare with cannot be had on this machine; the text says why."""
 

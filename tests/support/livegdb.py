@@ -12,13 +12,14 @@ from typing import Iterator, List, Optional
 
 import pytest
 
+from support.live import PATIENCE
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.port import TargetError
 from vtdbg.targets.start import gdb_environment, plugin_file
 
 
 @contextmanager
-def plugged(port: int, *before: str, patience: float = 60) -> Iterator[MiPort]:
+def plugged(port: int, *before: str, patience: float = PATIENCE) -> Iterator[MiPort]:
     """A gdb connected to the stub at `port` of this machine, with the plugin sourced; disconnected at the end."""
     os.environ["VTDBG_SITE"] = gdb_environment()["VTDBG_SITE"]
     gdb = MiPort(f"127.0.0.1:{port}", patience=patience)
@@ -42,7 +43,7 @@ def error(gdb: MiPort, command: str) -> str:
 
 def vtdbg(*words: str, status: Optional[int] = 0) -> str:
     """What `vtdbg WORDS` prints; on the error stream where the status is 2."""
-    done = subprocess.run([sys.executable, "-m", "vtdbg", *words], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-m", "vtdbg", *words], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert status is None or done.returncode == status, (done.returncode, done.stderr)
     return done.stderr if done.returncode == 2 else done.stdout
 

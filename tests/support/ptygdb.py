@@ -8,6 +8,7 @@ import subprocess
 import time
 from typing import Callable, List, Optional
 
+from support.live import PATIENCE
 from support.livegdb import Wire
 from vtdbg.targets.start import gdb_environment, plugin_file
 
@@ -21,7 +22,7 @@ class PtyGdb:
     QUIET = 0.03
     """Seconds without a word after which nothing more is said."""
 
-    def __init__(self, *commands: str, patience: float = 60) -> None:
+    def __init__(self, *commands: str, patience: float = PATIENCE) -> None:
         self._patience, self._number = patience, 0
         self._terminal, theirs = os.openpty()
         before = ("set pagination off", "set width 0", "set confirm off", "set style enabled off", f"source {plugin_file()}")
