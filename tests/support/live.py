@@ -6,7 +6,6 @@ import os
 from contextlib import contextmanager
 from typing import Callable, Iterator, Protocol, TypeVar
 
-
 PATIENCE = 600.0
 """Seconds that a test waits for what has to come.  It only ends what hangs: a busy machine takes many times as long as an idle one."""
 
