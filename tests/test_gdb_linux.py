@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -21,6 +20,7 @@ from lab_amd import Smp
 from support.live import PATIENCE, Unavailable, had, started
 from support.livegdb import body, error, plugged, vtdbg
 from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
+from support.work import processor_time
 
 from vtdbg.errors import FormatError
 from vtdbg.linux.btf import Btf
@@ -171,14 +171,13 @@ def test_damaged_btf_is_an_error_or_a_file(lab: Smp, vmlinux: Path) -> None:
         chance, data = random.Random(seed), bytearray(good)
         for _ in range(chance.choice((1, 4, 40, 1000))):
             data[chance.randrange(24, len(data))] = chance.randrange(256)
-        started = time.monotonic()
         try:
-            damaged = Btf(bytes(data), base, "damaged")
-            damaged.offset("vcpu_svm", "nested.vmcb02.pa")
-            outcomes.add("file" if unit(damaged, STRUCTURES, {"svm_data": 1}) else "nothing")
+            with processor_time(60):
+                damaged = Btf(bytes(data), base, "damaged")
+                damaged.offset("vcpu_svm", "nested.vmcb02.pa")
+                outcomes.add("file" if unit(damaged, STRUCTURES, {"svm_data": 1}) else "nothing")
         except FormatError:
             outcomes.add("error")
-        assert time.monotonic() - started < 20, seed
     assert outcomes == {"file", "error"}
 
 
@@ -273,9 +272,7 @@ def test_nothing_is_injected_where_it_would_not_be_executed(one: Smp) -> None:
             if thread == 1 and "HLT=1" not in titles.partition("CPU#1")[0]:
                 continue
             gdb.execute(f"thread {thread}")
-            started = time.monotonic()
             assert line in error(gdb, "msr read 0xc0010117 --yes")
-            assert time.monotonic() - started < 10
     assert one.qmp("human-monitor-command", **{"command-line": "info registers -a"}) == titles
 
 

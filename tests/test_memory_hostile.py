@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import dumps
+from support.work import processor_time
 
 from vtdbg.errors import FormatError, MemoryUnavailable, VtdbgError
 from vtdbg.memory import compression
@@ -89,10 +89,8 @@ def test_no_number_of_a_header_costs_time_or_memory(tmp_path: Path, name: str) -
         for offset in (at for start, length in places(name) for at in range(start, start + length, 4)):
             for value in (struct.pack("<I", 0x7FFFFFFF), struct.pack(">Q" if name.startswith("flat") else "<Q", 0x00000FFFFFFFF000)):
                 path.write_bytes(original[:offset] + value + original[offset + len(value):])
-                begin = time.perf_counter()
-                with contextlib.suppress(VtdbgError):
+                with processor_time(60), contextlib.suppress(VtdbgError):
                     use(path)
-                assert time.perf_counter() - begin < 10, hex(offset)
                 assert tracemalloc.get_traced_memory()[1] < 24 << 20, hex(offset)
     finally:
         tracemalloc.stop()
