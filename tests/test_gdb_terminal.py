@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Iterator, Tuple
 
@@ -92,14 +91,17 @@ def test_ctrl_c_at_any_moment_of_an_injection(typed: "Tuple[PtyGdb, PressingWire
 
 def test_ctrl_c_ends_a_long_injection_at_once(typed: "Tuple[PtyGdb, PressingWire]") -> None:
     """160 VMREADs are not waited for: the Ctrl-C comes through at the next step."""
-    gdb, _ = typed
+    gdb, wire = typed
     before = snapshot(gdb)
-    key = threading.Timer(0.25, gdb.press)
-    started = time.monotonic()
-    key.start()
-    shown = gdb.command(f"vmcs dump {VMCS:#x} --vmread --yes")
-    key.join()
-    assert INTERRUPTED in shown and time.monotonic() - started < 1.5
+    dump = f"vmcs dump {VMCS:#x} --vmread --yes"
+    wire.arm(-1, late=False)
+    assert INTERRUPTED not in gdb.command(dump)
+    whole = len(wire.packets)
+    wire.arm(whole // 10, late=True)
+    shown = gdb.command(dump)
+    packets = len(wire.packets)
+    wire.disarm()
+    assert INTERRUPTED in shown and packets < whole // 2, (packets, whole)
     assert snapshot(gdb) == before
 
 
@@ -109,19 +111,25 @@ def test_it_asks_at_a_terminal(typed: "Tuple[PtyGdb, PressingWire]") -> None:
     before = snapshot(gdb)
     for answer, said in (("n", "vt: cpuid changes the target for a moment"), ("y", "0x756e6547")):
         wire.arm(-1, late=False)
-        threading.Timer(0.5, gdb.press, [answer.encode() + b"\n"]).start()
-        shown = gdb.command("cpuid 0")
-        assert "Do it? (y or n)" in shown and said in shown, shown
+        gdb.type("cpuid 0")
+        gdb.until("Do it? (y or n) ")
+        assert not any(packet.startswith(b"$M") for packet in wire.packets)
+        gdb.type(answer)
+        shown = gdb.prompt()
+        assert said in shown, shown
         assert any(packet.startswith(b"$M") for packet in wire.packets) == (answer == "y")
-    threading.Timer(0.5, gdb.press).start()
-    assert "0x756e6547" not in gdb.command("cpuid 0")
+    gdb.type("cpuid 0")
+    gdb.until("Do it? (y or n) ")
+    gdb.press()
+    assert "0x756e6547" not in gdb.prompt()
     assert snapshot(gdb) == before
 
 
 def test_ctrl_c_in_the_guest_and_in_a_trace(typed: "Tuple[PtyGdb, PressingWire]") -> None:
     """`vt exit trace` ended by Ctrl-C shows what it has, and its breakpoint is gone."""
-    gdb, _ = typed
-    threading.Timer(0.6, gdb.press).start()
+    gdb, wire = typed
+    # Some exits are shown by then.
+    wire.arm(300, late=True)
     shown = gdb.command(f"vt exit trace {HANDLER:#x} --count 100000 --vmcs {VMCS:#x}")
     assert "of 100000 exits" in " ".join(shown.split()) and "CPUID" in shown and f"{GUEST + 2:#x}" in shown, shown[-600:]
     assert "No breakpoints" in gdb.command("info breakpoints")
