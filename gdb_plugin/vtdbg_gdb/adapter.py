@@ -11,7 +11,11 @@ import gdb
 
 from vtdbg.errors import UsageError
 from vtdbg.targets.gdbtext import NO_TARGET, NOT_STOPPED, GdbPort, error_of
+from vtdbg.targets.interrupts import carried_out, held_back, waiting_at_most
 from vtdbg.targets.port import TargetError, TargetGone, unavailable
+
+OUT_OF_STEP = ("interrupted while the stub owed the answer to `monitor {command}`: GDB would take it for that of the next packet.  Type: disconnect, "
+               "and connect again")
 
 
 def _machine_interface() -> bool:
@@ -44,14 +48,20 @@ class InProcessPort(GdbPort):
             return
         gdb.flush()
         kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+
+        def shown_again() -> None:
+            gdb.flush()
+            os.dup2(kept, 1)
+
         try:
             os.dup2(nowhere, 1)
             yield
         finally:
-            gdb.flush()
-            os.dup2(kept, 1)
-            os.close(nowhere)
-            os.close(kept)
+            try:
+                carried_out(shown_again)
+            finally:
+                os.close(nowhere)
+                os.close(kept)
 
     def require_stopped(self) -> None:
         """TargetError where there is no target, or it runs."""
@@ -61,6 +71,15 @@ class InProcessPort(GdbPort):
             raise TargetError(NO_TARGET)
         if thread.is_running():
             raise TargetError(NOT_STOPPED)
+
+    def monitor(self, command: str) -> str:
+        # GDB lets a Ctrl-C end `monitor` before it has read the answer, which it would then take for the answer of the next packet (remote.c,
+        # remote_target::rcmd): the Ctrl-C waits for it, but not for ever.
+        with held_back(), waiting_at_most():
+            try:
+                return super().monitor(command)
+            except KeyboardInterrupt:
+                raise TargetGone(OUT_OF_STEP.format(command=command)) from None
 
     def packet(self, text: str) -> bytes:
         if self._send is None:
@@ -139,7 +158,7 @@ class InProcessPort(GdbPort):
         finally:
             # A thread that is selected again is at its innermost frame.
             if level:
-                self.execute(f"frame {level}")
+                carried_out(lambda: self.execute(f"frame {level}"))
 
     @staticmethod
     def _level() -> int:

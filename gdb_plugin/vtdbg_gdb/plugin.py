@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vtdbg_gdb.session import GdbSession
 
 SOURCE_OPTIONS = ("-s", "--source")
+INTERRUPTED = "vt: interrupted; the target is as it was"
 
 
 class Front:
@@ -67,9 +68,6 @@ class Front:
                 gdb.write(outcome.text)
         except VtdbgError as error:
             raise gdb.GdbError(f"vt: {error}".replace("\n", " ")) from None
-        except KeyboardInterrupt:
-            # Also one that came too late for the command and in time for what it has to say.
-            raise gdb.GdbError("vt: interrupted; the target is as it was") from None
         if outcome.error:
             raise gdb.GdbError(outcome.error)
 
@@ -89,8 +87,19 @@ class Front:
             self._say()
 
     def complete(self, words: Sequence[str], prefix: str) -> List[str]:
-        sources: Dict[str, Callable[[], Sequence[str]]] = {"field": lambda: _field_names(words[0]), "register": _register_names}
+        sources: Dict[str, Callable[[], Sequence[str]]] = {"field": lambda: _field_names(words[0]), "register": _register_names,
+                                                           "address": self._selectors}
         return registry.complete(words, prefix, sources)
+
+    def _selectors(self) -> Sequence[str]:
+        """vcpu:ID, cpu:N, ... of a target that is stopped."""
+        from vtdbg.commands.selector import selectors
+
+        session = self.session
+        if not session.has_machine:
+            return ()
+        with session.command():
+            return selectors(session.machine)
 
 
 def _field_names(group: str) -> Sequence[str]:
@@ -117,6 +126,17 @@ def _render(report: Any, options: Dict[str, Any]) -> str:
     return render_text(report, options.get("width") or gdb.parameter("width") or 80, styled if choice == "auto" else choice == "always")
 
 
+def _one_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Ctrl-C in the function is our line, also one that comes too late for the command and in time for what it has to say: GDB shows "Quit"."""
+    def invoke(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except KeyboardInterrupt:
+            raise gdb.GdbError(INTERRUPTED) from None
+
+    return invoke
+
+
 class VtCommand(gdb.Command):
     """One word of GDB: `vt`, a group, or a verb.  `words` are the words of the command line that it stands for."""
 
@@ -126,6 +146,7 @@ class VtCommand(gdb.Command):
         # A prefix command answers `help` and TAB with its subcommands, and is called where none of them is meant.
         super().__init__(name, gdb.COMMAND_DATA, prefix=prefix)
 
+    @_one_line
     def invoke(self, argument: str, from_tty: bool) -> None:
         self.dont_repeat()
         try:
@@ -139,7 +160,7 @@ class VtCommand(gdb.Command):
         last = typed.pop() if text and not text[-1].isspace() and typed else ""
         try:
             found = self._front.complete([*self._words, *typed], last)
-        except VtdbgError:
+        except (VtdbgError, KeyboardInterrupt):
             return []
         # GDB replaces only what it takes for the word, which ends at "-" and ".".
         skipped = len(last) - len(word or "") if last.endswith(word or "") else 0
@@ -185,6 +206,7 @@ class Function(gdb.Function):
         self.__doc__ = help
         super().__init__(name)
 
+    @_one_line
     def invoke(self, *arguments: Any) -> int:
         plain = [item.string() if item.type.strip_typedefs().code in (gdb.TYPE_CODE_ARRAY, gdb.TYPE_CODE_PTR) and _is_text(item)
                  else int(item) & (1 << 64) - 1 for item in arguments]

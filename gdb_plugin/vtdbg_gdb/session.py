@@ -87,20 +87,21 @@ class GdbSession(Session):
 
     def leave(self) -> None:
         """Forgets the target: it is another one now, or gone.  GDB's connection is GDB's."""
-        live, self._live = self._live, None
-        self._connection = ()
+        live = self._live
+        if live is not None and live.mode.abandoned:
+            self._lost_at = live.name
+        self._live, self._connection = None, ()
         self._cache.clear()
         if live is not None:
-            if live.mode.abandoned:
-                self._lost_at = live.name
             live.memory.close()
 
     def _repair(self, endpoint: object) -> None:
         """A connection that broke in the middle of a read left QEMU in physical mode: it keeps that over a disconnect."""
-        lost, self._lost_at = self._lost_at, None
-        if lost is not None and lost == endpoint and self.port.packet(QUERY) == b"1":
+        if self._lost_at is not None and self._lost_at == endpoint and self.port.packet(QUERY) == b"1":
             self.port.packet(SET + "0")
             self.said = PUT_BACK
+        # Last: a Ctrl-C before that leaves it to be done.
+        self._lost_at = None
 
     @property
     def lost(self) -> bool:

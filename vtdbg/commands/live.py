@@ -41,8 +41,8 @@ def injector(session: Session, what: str, yes: bool, assume_host: bool) -> Injec
     """To be used with `with`; asks, and refuses outside of the host."""
     machine = live_machine(session)
     machine.refresh()
-    machine.mode.virtual()
     where = machine.where
+    machine.mode.virtual()
 
     def allowed() -> None:
         if where.mode == "guest":

@@ -288,11 +288,17 @@ def complete(words: Sequence[str], prefix: str, sources: Optional[Mapping[str, C
     if prefix.startswith("-"):
         return sorted(option.flag for option in found.options + COMMON_OPTIONS if option.flag.startswith(prefix))
     candidates: List[str] = []
-    position = len([word for word in rest if not word.startswith("-")])
-    arguments = list(found.arguments)
-    wanted = arguments[min(position, len(arguments) - 1)] if arguments else None
+    # A word behind an option that takes one is its value.
+    valued = {option.flag: option for option in found.options + COMMON_OPTIONS if option.kind != "flag"}
+    behind = [valued.get("--source" if word == "-s" else word) for word in rest]
+    wanted: "Optional[Arg | Opt]" = behind[-1] if behind else None
+    if wanted is None and found.arguments:
+        values = [number + 1 for number, option in enumerate(behind) if option is not None]
+        position = len([word for number, word in enumerate(rest) if number not in values and not word.startswith("-")])
+        wanted = found.arguments[min(position, len(found.arguments) - 1)]
     if wanted is not None:
         candidates += wanted.choices
-        if sources and wanted.kind in sources:
-            candidates += sources[wanted.kind]()
+        kind = "address" if wanted.kind == "exit" else wanted.kind
+        if sources and kind in sources:
+            candidates += sources[kind]()
     return sorted(item for item in candidates if item.lower().startswith(prefix.lower()))

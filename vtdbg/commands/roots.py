@@ -20,7 +20,7 @@ _EVERY = 0.2
 
 def roots_report(command: str, session: Session, kind: str) -> Report:
     """Every root with evidence, score, and the control blocks that name it."""
-    report = Report(command, notes=list(session.machine.warnings))
+    report = Report(command)
     part = searched_memory(session)
     # What leads into memory is judged by all of it, whatever part is searched.
     finder = RootFinder(session.machine, kind)
@@ -35,6 +35,7 @@ def roots_report(command: str, session: Session, kind: str) -> Report:
         report.notes.append("more pages look like tables than are kept: some roots may be missing")
     users = _users(session, kind)
     report.header = session.header()
+    report.notes = [*session.machine.warnings, *report.notes]
     pointer_name = "EPTP" if kind == "ept" else "nCR3"
     columns = (("root", "root"), ("pointer", pointer_name), ("score", "score"), ("named_by", "named by"), ("summary", "evidence"))
     table = Table("roots", columns, empty=f"no {finder.form.title} found", wrap="summary")

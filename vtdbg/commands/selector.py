@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, List
 
 from vtdbg.errors import UsageError
 
@@ -20,6 +20,23 @@ _VCPU = re.compile(r"vcpu:(?:(\d+)/)?(\d+)(?:\.(\w+))?", re.I)
 _CPU = re.compile(r"cpu:(\d+)", re.I)
 HOW = "write vcpu:ID, vcpu:PID/ID, vcpu:ID.vmcb02 or cpu:N"
 NO_SYMBOLS = "needs a live target and KVM's symbols in the debugger (docs/gdb.md, KVM's own objects)"
+
+
+def selectors(machine: "Machine") -> List[str]:
+    """What can be written for the control blocks that KVM's objects name; empty where nobody knows them.  Nothing is searched for it."""
+    from vtdbg.targets.live import LiveMachine
+
+    state = machine.kvm() if isinstance(machine, LiveMachine) else None
+    if state is None:
+        return []
+    ids = [vcpu.id for vcpu in state.vcpus]
+    found = [f"vcpu:{number}" for number in ids if ids.count(number) == 1]
+    for vcpu in state.vcpus:
+        whose = f"vcpu:{vcpu.id}" if vcpu.pid is None else f"vcpu:{vcpu.pid}/{vcpu.id}"
+        names = [block.name for block in vcpu.blocks if block.address is not None] + ["vmcb12"] * (vcpu.vmcb12 is not None)
+        found += [whose] * any(block.current for block in vcpu.blocks) + [f"{whose}.{name}" for name in names]
+    found += [f"cpu:{cpu.number}" for cpu in state.cpus if cpu.block is not None]
+    return list(dict.fromkeys(found))
 
 
 class Selector(str):
@@ -62,6 +79,10 @@ def kvm_state(machine: "Machine", what: str) -> "KvmState":
         raise UsageError(f"{what} {NO_SYMBOLS}; {machine.name} is no such")
     machine.refresh()
     state = machine.kvm()
+    if state is None:
+        # The host's page tables, through which they are read, may be known to a control block that a search finds.
+        machine.settle()
+        state = machine.kvm()
     if state is None:
         why = "; ".join(machine.processors.notes) or "it has no symbol vm_list"
         raise UsageError(f"{what} {NO_SYMBOLS}: {why}")

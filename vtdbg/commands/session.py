@@ -214,8 +214,10 @@ class Session:
         lines = ["import vtdbg"]
         if self.source and self.source.startswith("sample:"):
             lines += ["from vtdbg.samples import open_sample", f"machine = open_sample({self.source[len('sample:'):]!r})"]
-        elif self.source and self.source.startswith("gdb:"):
-            lines += ["from vtdbg.targets import connect", f"machine = connect({self.source!r})"]
+        elif self.source and self.source.startswith("gdb:") and (self.symbols or self.thread is not None or not self.fast):
+            given = [f"fast={self.fast}"] * (not self.fast) + [f"symbols={self.symbols!r}"] * bool(self.symbols)
+            given += [] if self.thread is None else [f"thread={self.thread}"]
+            lines += ["from vtdbg.targets import connect", f"machine = connect({self.source!r}, {', '.join(given)})"]
         elif self.source:
             extra = f", format={self.format!r}" if self.format else ""
             lines.append(f"machine = vtdbg.open({self.source!r}{extra})")

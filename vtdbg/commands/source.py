@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vtdbg.commands.registry import verb
 from vtdbg.commands.session import Session
+from vtdbg.machine import Machine
 from vtdbg.numbers import size_text
 from vtdbg.report import Lines, Pairs, Report, Table, Value, hexa, text
 
@@ -14,6 +15,8 @@ SHOWN_RANGES = 64
 def info(session: Session) -> Report:
     """What the source is, which physical memory it holds, which processors it describes, and what it cannot answer."""
     machine = session.machine
+    # Before the header, which says what a live target finds out for them.
+    cpus = _cpus(machine)
     report = Report("source info", header=session.header(), notes=list(machine.warnings))
     facts = Pairs("source", title="Source")
     facts.add("name", "name", machine.name)
@@ -40,7 +43,7 @@ def info(session: Session) -> Report:
         report.add(table)
         if len(ranges) > SHOWN_RANGES:
             report.add(Lines("more_ranges", [f"... and {len(ranges) - SHOWN_RANGES} more ranges"]))
-    report.add(_cpus(session))
+    report.add(cpus)
     report.python = [*session.python_open(), "print(machine.format, machine.memory.ranges(), machine.cpus)"]
     return report
 
@@ -48,16 +51,16 @@ def info(session: Session) -> Report:
 REGISTERS = ("rip", "rsp", "rflags", "cr0", "cr3", "cr4", "efer", "gdtr_base", "idtr_base", "tr_base")
 
 
-def _cpus(session: Session) -> Table:
-    machine = session.machine
-    known = [name for name in REGISTERS if any(cpu.get(name) is not None for cpu in machine.cpus)]
+def _cpus(machine: Machine) -> Table:
+    processors = machine.cpus
+    known = [name for name in REGISTERS if any(cpu.get(name) is not None for cpu in processors)]
     table = Table(
         "cpus",
         (("cpu", "cpu"), ("register", "register"), ("value", "value"), ("source", "from")),
         title="Processors",
         empty="this source says nothing of registers",
     )
-    for cpu in machine.cpus:
+    for cpu in processors:
         for name in known:
             table.add(str(cpu.index), name, hexa(cpu.get(name), 16), text(cpu.source, "dim"))
     return table

@@ -79,11 +79,12 @@ def exit_trace(session: Session, handler: int, count: int, vmcs: Optional[int], 
 
 
 def _exit(session: Session, machine: LiveMachine, vmcs: Optional[int], vmcb: Optional[int]) -> Exit:
-    block = machine.where.block
-    if vmcs is None and vmcb is None and block is not None:
-        vmcs, vmcb = (block.address, None) if block.kind == "vmcs" else (None, block.address)
-    elif vmcs is None and vmcb is None:
-        vmcs = machine.current("vmcs")
+    if vmcs is None and vmcb is None:
+        block = machine.where.block
+        if block is None:
+            vmcs = machine.current("vmcs")
+        else:
+            vmcs, vmcb = (block.address, None) if block.kind == "vmcs" else (None, block.address)
     live = machine.registers()
     if vmcs is not None:
         return _vmx(session, vmcs, live)

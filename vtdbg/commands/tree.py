@@ -15,11 +15,8 @@ from vtdbg.vmx.vmcs import Vmcs
 
 def scan_report(session: Session) -> Report:
     """The tree, what has no place in it, and the evidence for every page."""
-    report = Report("source scan", notes=list(session.machine.warnings), python=_python(session))
     found, partial = scanned_blocks(session)
-    for item in found:
-        session.machine.consider(item.classification, item.address)
-    report.header = session.header()
+    report = Report("source scan", header=session.header(), notes=list(session.machine.warnings), python=_python(session))
     if partial:
         report.notes.append(partial)
     kinds = {item.kind for item in found}

@@ -26,8 +26,9 @@ INDEX = Opt("--index", "int", "which dump of the text, from 0")
 @verb("vmcb list", "find every VMCB in the memory, with the evidence")
 def list_(session: Session) -> Report:
     """A VMCB has no signature: pages are taken for one by what a VMRUN would have to accept.  0 is a legal address."""
-    report = Report("vmcb list", header=session.header(), notes=list(session.machine.warnings))
     found, partial = scanned_blocks(session, ("vmcb",))
+    # What is found tells a live target where its processor is.
+    report = Report("vmcb list", header=session.header(), notes=list(session.machine.warnings))
     owners = owner_columns(session)
     table = Table(
         "vmcb", (("address", "address"), ("kind", "kind"), *owners.heads, ("score", "score"), ("summary", "evidence")), empty="no VMCB found",

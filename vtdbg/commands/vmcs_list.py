@@ -22,8 +22,9 @@ def list_(session: Session, rejected: bool) -> Report:
 
     A revision id alone proves nothing: many pages begin with one by accident.  The score sums the evidence, for and against.
     """
-    report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
     found, partial = scanned_blocks(session, ("vmcs",))
+    # What is found tells a live target where its processor is.
+    report = Report("vmcs list", header=session.header(), notes=list(session.machine.warnings))
     if partial:
         report.notes.append(partial)
     owners = owner_columns(session)

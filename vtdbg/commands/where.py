@@ -20,6 +20,7 @@ def where(session: Session) -> Report:
     With KVM's symbols in the debugger it is also said which of Linux' processors (CPU) each is, and whose the control block is.
     """
     machine = live_machine(session)
+    machine.settle()
     report = Report("where", header=session.header(), notes=list(machine.warnings))
     seen = machine.processors.all()
     selected = machine.port.selected()

@@ -20,6 +20,9 @@ NO_TARGET = ("GDB has no target: connect first, for instance `target remote 127.
              "type `set architecture i386:x86-64` before it")
 GONE = "the connection to the target is lost: {text}; connect again (QEMU keeps the target as it was)"
 
+RUNNING = 0.3
+"""Seconds that a Ctrl-C waits for a stop of the running target."""
+
 _WRONG = re.compile(r"'g' packet reply is too long|Truncated register \d+ in remote 'g' packet|Bogus trace status reply|unexpected register size")
 _RUNNING = re.compile(r"while the (?:target|selected thread|program) is running|Selected thread is running|target is running")
 _NONE = re.compile(r"has no registers now|No (?:selected )?(?:frame|thread|process)|not (?:being run|connected)|No registers|no process|"
@@ -137,14 +140,18 @@ class GdbPort(Port):
         self.execute(f"thread {number}")
 
     def run_to(self, address: int, timeout: Optional[float] = None) -> bool:
-        made = self.execute(f"thbreak *{address:#x}")
-        number = re.search(r"reakpoint (\d+)", made)
-        try:
-            self._resume(timeout)
-            return self.registers().get("rip") == address
-        finally:
-            if number is not None and re.search(rf"^{number.group(1)}\s", self.execute("info breakpoints"), re.M):
-                self.execute(f"delete {number.group(1)}")
+        # A Ctrl-C waits for the breakpoint to be known, and to be gone; while the target runs it waits for the next stop, but not for long: GDB
+        # passes it on to the target, and where that has just stopped by itself both forget it.
+        with held_back():
+            made = self.execute(f"thbreak *{address:#x}")
+            number = re.search(r"reakpoint (\d+)", made)
+            try:
+                with waiting_at_most(RUNNING):
+                    self._resume(timeout)
+                return self.registers().get("rip") == address
+            finally:
+                if number is not None and re.search(rf"^{number.group(1)}\s", self.execute("info breakpoints"), re.M):
+                    self.execute(f"delete {number.group(1)}")
 
     def _resume(self, timeout: Optional[float]) -> None:
         """Until the next stop, whatever it is."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import MemoryUnavailable, UsageError, VtdbgError
-from vtdbg.targets.interrupts import deliver, held_back
+from vtdbg.targets.interrupts import carried_out, deliver, held_back
 from vtdbg.targets.port import GENERAL, Port, TargetError, TargetGone
 
 CF, ZF, TF, IF = 1 << 0, 1 << 6, 1 << 8, 1 << 9
@@ -114,20 +114,15 @@ class Injector:
 
     def restore(self) -> None:
         """Puts everything back and reads it again.  Ctrl-C waits; what could not be put back is named, with the values."""
-        state, interrupted, problems = self.state, None, [""]
-        while state is not None and problems:
-            try:
-                problems = _put_back(self.port, state)
-                break
-            except (KeyboardInterrupt, SystemExit) as error:
-                # pykd ends a script on Ctrl-Break by SystemExit.
-                interrupted = error
-        self.state = None
-        self._patched = b""
-        if state is not None and problems:
+        state = self.state
+        if state is not None:
+            carried_out(lambda: self._restore(state))
+
+    def _restore(self, state: State) -> None:
+        problems = _put_back(self.port, state)
+        self.state, self._patched = None, b""
+        if problems:
             raise TargetError("the target could NOT be put back as it was: " + "; ".join(problems))
-        if interrupted is not None:
-            raise interrupted
 
     def _saved(self) -> State:
         if self.state is None:

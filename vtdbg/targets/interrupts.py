@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator, Optional, TypeVar
+
+_T = TypeVar("_T")
 
 
 def _can_block() -> bool:
@@ -19,11 +21,30 @@ def held_back() -> Iterator[None]:
     if not _can_block():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        # This call itself raises where a Ctrl-C has come just before it, and has blocked the signal by then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def carried_out(action: Callable[[], _T]) -> _T:
+    """What `action` returns, which puts something back: begun again where a Ctrl-C cuts it short, and that comes when it is done.
+
+    pykd ends a script on Ctrl-Break by SystemExit, which waits like a Ctrl-C.
+    """
+    interrupted: Optional[BaseException] = None
+    while True:
+        try:
+            result = action()
+            break
+        except (KeyboardInterrupt, SystemExit) as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
+    return result
 
 
 def deliver() -> None:
@@ -58,8 +79,8 @@ def waiting_at_most(seconds: float = PATIENCE) -> Iterator[None]:
 
     timer = threading.Timer(seconds, let_through)
     timer.daemon = True
-    timer.start()
     try:
+        timer.start()
         yield
     finally:
         timer.cancel()

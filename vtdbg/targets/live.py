@@ -22,6 +22,8 @@ SCANNED = 16 << 20
 """Bytes of RAM that are searched for control blocks without being asked, where every byte comes through the stub."""
 SEARCH_SECONDS = 3.0
 """How long more than that is searched, once a connection."""
+PUT_OFF = ("no control block known so far decides it, and the memory, which comes through the stub, was not searched: `vmcs list` and "
+           "`vmcb list` do that")
 NOT_SEARCHED = ("none of the control blocks in the first {covered} of {total} is this processor's; the rest takes about {seconds} s through the "
                 "stub: type `vmcs list --scan all` or `vmcb list --scan all`, or name one by `vmcs dump ADDRESS`, `vmcb dump ADDRESS`")
 NO_RANGES = ("which memory exists is not known, so it was not searched for control blocks: name one by `vmcs dump ADDRESS` or `vmcb dump ADDRESS`, "
@@ -60,7 +62,7 @@ class LiveMemory(PhysicalMemory):
         return self.memory.remote
 
     def drop(self) -> None:
-        self._machine.stale = True
+        self._machine.ran()
         if isinstance(self.memory, CachedMemory):
             self.memory.drop()
 
@@ -68,22 +70,33 @@ class LiveMemory(PhysicalMemory):
         self._machine.release()
 
 
+NOT_LOOKED = -1
+"""The number of no processor."""
+
+
 class LiveMachine(Machine):
-    """What is behind a port.  `refresh` before each command: after the target ran, where it is has to be found out again."""
+    """What is behind a port.  `refresh` before each command: after the target ran, where it is has to be found out again.
+
+    `where` and `cpus` depend on whether the processor is in the host: who asks for them has the memory searched for control blocks where nothing
+    else tells (`settle`).  The header does not: where that takes seconds it says that it was not done.
+    """
+
+    _wanted = _put_off = False
+    _where = Where("unknown", "not looked at yet")
+    _cpus: "Sequence[Cpu]" = ()
 
     def __init__(self, port: Port, fast: bool = True, places: "Sequence[Tuple[str, int]]" = ()) -> None:
         """`places`: (kind, address) of control blocks that were found in this target before; they are read again."""
         self.port = port
         self.dialect = stubs.probe(port)
         self.mode = PhysicalMode(port, self.dialect)
-        self.where = Where("unknown", "not looked at yet")
         self.stale, self._searched, self._unsearched = True, False, ""
-        self._number: Optional[int] = -1
+        self._number: Optional[int] = NOT_LOOKED
         self.processors = Processors(self, port)
         self.places: List[Tuple[str, int]] = list(places)
         self._left = self._mode_notes()
-        self._fast, self._map, self._map_is_new = fast, "", True
-        memory, how = self._memory(fast)
+        self._fast, self._map, self._map_is_new = fast, self._memory_map(), True
+        memory, how = self._memory()
         super().__init__(LiveMemory(self, memory), port.endpoint() or port.name, "live", live=True)
         self.details = {"debugger": port.name, "stub": self.dialect.title, "physical memory": how}
         if isinstance(memory, NoMemory):
@@ -94,17 +107,16 @@ class LiveMachine(Machine):
         physical = self.dialect.physical == "mode" and self.port.packet(stubs.QUERY) == b"1"
         return [LEFT_PHYSICAL] if physical else []
 
-    def _memory(self, fast: bool) -> Tuple[PhysicalMemory, str]:
+    def _memory(self) -> Tuple[PhysicalMemory, str]:
         known = self.port.physical_ranges()
         if not self.dialect.physical:
             if known is None and not self._own_reads():
                 return NoMemory(), "none"
             return CachedMemory(PortMemory(self.port, known), PAGES_IN_CACHE), f"by {self.port.name}"
-        self._map = self._memory_map()
         if self._map:
             known = stubs.ram_ranges(self._map) or None
         slow = CachedMemory(StubMemory(self.mode, known), PAGES_IN_CACHE)
-        if fast and self.dialect.name == "qemu":
+        if self._fast and self.dialect.name == "qemu":
             try:
                 with self.mode.held():
                     quick: FastMemory = fast_memory(self.port, slow, stubs.ram_blocks(self._map))
@@ -120,10 +132,19 @@ class LiveMachine(Machine):
     def _mapped_anew(self) -> None:
         """Guests move what is at an address while they run: ROM gives way to RAM, a PCI device's memory is put elsewhere."""
         new, self._map_is_new = self._map_is_new, False
-        if new or not isinstance(self.memory, LiveMemory) or not self._map or self._memory_map() == self._map:
+        if new or not isinstance(self.memory, LiveMemory) or not self._map:
             return
-        self.memory.memory.close()
-        self.memory.memory, self.details["physical memory"] = self._memory(self._fast)
+        before, self._map = self._map, self._memory_map()
+        if self._map == before:
+            return
+        old = self.memory.memory
+        try:
+            self.memory.memory, self.details["physical memory"] = self._memory()
+        except BaseException:
+            # A Ctrl-C: the map is that of the memory that is kept, or the next command would take it for up to date.
+            self._map = before
+            raise
+        old.close()
 
     def _own_reads(self) -> bool:
         try:
@@ -149,6 +170,37 @@ class LiveMachine(Machine):
         self.refresh()
         return self.where.host if self.where.mode != "unknown" else {}
 
+    @property
+    def where(self) -> Where:
+        """Where the selected processor is."""
+        self.settle()
+        return self._where
+
+    @where.setter
+    def where(self, found: Where) -> None:
+        self._where = found
+
+    @property
+    def cpus(self) -> List[Cpu]:
+        """The selected processor, with the host's registers."""
+        self.settle()
+        return list(self._cpus)
+
+    @cpus.setter
+    def cpus(self, found: Sequence[Cpu]) -> None:
+        self._cpus = found
+
+    def ran(self) -> None:
+        """The target ran, or somebody wrote to it: nothing that was found out is still true."""
+        self.stale, self._wanted = True, False
+
+    def settle(self) -> None:
+        """Searches the memory, where that was put off because it takes some seconds: something depends on where the processor is."""
+        self._wanted = True
+        if self._put_off:
+            self.stale = True
+            self.refresh()
+
     def refresh(self) -> None:
         """Finds out again where the selected processor is; nothing where the target has not run and no other processor was selected since."""
         number = self.port.selected()
@@ -157,16 +209,17 @@ class LiveMachine(Machine):
         with self.reading():
             if self.stale:
                 self.processors.forget()
-                self._searched = False
+                self._searched = self._put_off = False
                 self._mapped_anew()
             seen = self.processors.selected()
-        self.where, self._number = seen.where, number
-        self.cpus = [Cpu(0 if number is None else number, self.where.host, f"{self.port.name}, {self.where.host_source}")]
+        # Not by the properties, which settle.
+        self._where = where = seen.where
+        self._cpus, self._number = [Cpu(0 if number is None else number, where.host, f"{self.port.name}, {where.host_source}")], number
         whose = f", processor {number}" if number is not None else ""
         current = seen.current
         by_kvm = f"; current is the {current.kind.upper()} at {current.address:#x}: {current.evidence}" if current is not None else ""
-        self.provenance = f"live, {self.dialect.title} at {self.name}{whose}: {self.where.text}{by_kvm}"
-        self.warnings = [*self._left, *self.where.notes, *([seen.conflict] if seen.conflict else []), *self.processors.notes]
+        self.provenance = f"live, {self.dialect.title} at {self.name}{whose}: {where.text}{by_kvm}"
+        self.warnings = [*self._left, *where.notes, *([seen.conflict] if seen.conflict else []), *self.processors.notes]
         self.stale = False
 
     def current(self, kind: str) -> Optional[int]:
@@ -196,14 +249,23 @@ class LiveMachine(Machine):
 
     def blocks(self) -> List[Block]:
         """The control blocks that are known, as they are in memory now."""
-        return self._blocks_at(self.places)
+        found = []
+        for kind, address in self.places:
+            try:
+                found += _block_in(kind, address, self.memory.read_page(address))
+            except TargetGone:
+                raise
+            except VtdbgError:
+                continue
+        return found
 
     def add_place(self, kind: str, address: int) -> None:
         if (kind, address) not in self.places:
             self.places.append((kind, address))
 
     def search(self) -> str:
-        """Searches the memory for control blocks, once a stop; where every byte comes through the stub not for long, and once a connection.
+        """Searches the memory for control blocks, once a stop; where every byte comes through the stub not for long, once a connection, and only
+        for what depends on it (`settle`).
 
         Says what to type where it has not seen all.
         """
@@ -214,13 +276,16 @@ class LiveMachine(Machine):
         quick = total <= SCANNED or isinstance(self.memory, LiveMemory) and isinstance(self.memory.memory, FastMemory)
         if self._searched or self._unsearched:
             return self._unsearched
+        if not quick and not self._wanted:
+            self._put_off = True
+            return PUT_OFF
         found, covered = self._search(None if quick else SEARCH_SECONDS)
-        self._searched = True
         self.places = [*found, *(place for place in self.places if place not in found)]
         if covered is not None:
             seconds = (total - covered) * SEARCH_SECONDS / max(covered, 1)
             sizes = {"covered": size_text(covered & -(1 << 20)), "total": size_text(total & -(1 << 20))}
             self._unsearched = NOT_SEARCHED.format(seconds=f"{seconds:.0f}", **sizes)
+        self._searched = True
         return self._unsearched
 
     def _search(self, seconds: Optional[float]) -> "Tuple[List[Tuple[str, int]], Optional[int]]":
@@ -250,26 +315,10 @@ class LiveMachine(Machine):
         kind = KINDS.get(kind, "")
         if kind and (kind, address) not in self.places:
             self.places.append((kind, address))
-            if self.where.mode == "unknown":
-                self.stale = True
+            if self._where.mode == "unknown":
+                self.processors.look_again()
+                self._number, self._put_off = NOT_LOOKED, False
 
-    def _blocks_at(self, places: List[Tuple[str, int]]) -> List[Block]:
-        from vtdbg.svm.vmcb import Vmcb
-        from vtdbg.vmx.vmcs import Vmcs
-
-        blocks = []
-        for kind, address in places:
-            try:
-                page = self.memory.read_page(address)
-                if kind == "vmcs":
-                    blocks.append(of_vmcs(address, Vmcs.from_page(page)))
-                else:
-                    blocks.append((of_vmcb if kind == "vmcb" else of_host_save_area)(address, Vmcb.from_page(page)))
-            except TargetGone:
-                raise
-            except VtdbgError:
-                continue
-        return blocks
 
     def look_from(self, symbols: Sequence[str], thread: Optional[int]) -> None:
         """Has the debugger load files of symbols, and select a processor."""
@@ -291,6 +340,21 @@ class LiveMachine(Machine):
             self.mode.virtual()
         finally:
             self.port.close()
+
+
+def _block_in(kind: str, address: int, page: bytes) -> List[Block]:
+    """The control block if it is there: people name pages that hold none, memory is used for something else, and a page of zeros has the tables
+    of a processor that was just reset.  FormatError for a page that is no VMCS."""
+    from vtdbg.svm.recognise import FITS, VMCB, judge_page
+    from vtdbg.svm.vmcb import Vmcb
+    from vtdbg.vmx.vmcs import Vmcs
+
+    if kind == "vmcs":
+        return [of_vmcs(address, Vmcs.from_page(page))]
+    what, evidence = judge_page(page)
+    if (what == VMCB) != (kind == "vmcb") or sum(item.points for item in evidence) < FITS:
+        return []
+    return [(of_vmcb if kind == "vmcb" else of_host_save_area)(address, Vmcb.from_page(page))]
 
 
 def connect(source: str, fast: bool = True, symbols: Sequence[str] = (), thread: Optional[int] = None) -> LiveMachine:

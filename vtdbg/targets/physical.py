@@ -8,6 +8,7 @@ from typing import Iterator, List, Optional
 
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory, Range
+from vtdbg.targets.interrupts import carried_out
 from vtdbg.targets.port import Port, TargetError, TargetGone, Unsupported
 from vtdbg.targets.stub import NO_PHYSICAL, QUERY, SET, Dialect
 
@@ -68,30 +69,25 @@ class PhysicalMode:
 
     def virtual(self) -> None:
         """As it was before `physical`.  A Ctrl-C in between waits until it is done; TargetGone where the connection is lost."""
-        interrupted: Optional[KeyboardInterrupt] = None
-        while self._before is not None:
-            try:
-                self._put_back(self._before)
-                self._before = None
-            except KeyboardInterrupt as error:
-                interrupted = error
-            except TargetGone:
-                # Nobody is there to be told; the next connection finds the mode as it is and says so.
-                self.abandoned = self.abandoned or self._before == b"0"
-                self._before = None
-                raise
-        if interrupted is not None:
-            raise interrupted
+        if self._before is not None:
+            carried_out(self._put_back)
 
-    def _put_back(self, before: bytes) -> None:
-        if self.dialect.physical == "monitor":
-            self.port.monitor("virt")
-        elif before == b"0":
-            self._expect(SET + "0")
-            now = self.port.packet(QUERY)
-            if now != before:
-                self._before = None
-                raise TargetError(f"the stub did not go back to virtual reads (PhyMemMode is {now[:20]!r}): do it by `maintenance packet {SET}0`")
+    def _put_back(self) -> None:
+        before, now = self._before, self._before
+        try:
+            if self.dialect.physical == "monitor":
+                self.port.monitor("virt")
+            elif before == b"0":
+                self._expect(SET + "0")
+                now = self.port.packet(QUERY)
+        except TargetGone:
+            # Nobody is there to be told; the next connection finds the mode as it is and says so.
+            self.abandoned = self.abandoned or before == b"0"
+            self._before = None
+            raise
+        self._before = None
+        if now != before:
+            raise TargetError(f"the stub did not go back to virtual reads (PhyMemMode is {now!r}): do it by `maintenance packet {SET}0`")
 
     def _expect(self, packet: str) -> None:
         answer = self.port.packet(packet)

@@ -12,6 +12,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, TypeVar
 
 from vtdbg.errors import MemoryUnavailable, VtdbgError
 from vtdbg.memory.base import Range
+from vtdbg.targets.interrupts import carried_out
 
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
 
@@ -121,19 +122,13 @@ class Port(ABC):
         if before == number:
             yield
             return
-        interrupted: Optional[KeyboardInterrupt] = None
+        back = before
         try:
             self.select(number)
             yield
         finally:
-            while before is not None:
-                try:
-                    self.select(before)
-                    break
-                except KeyboardInterrupt as error:
-                    interrupted = error
-            if interrupted is not None:
-                raise interrupted
+            if back is not None:
+                carried_out(lambda: self.select(back))
 
     def run_to(self, address: int, timeout: Optional[float] = None) -> bool:
         """Resume until an instruction at `address` is reached; False where the target stopped for another reason.

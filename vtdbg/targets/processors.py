@@ -80,6 +80,10 @@ class Processors:
         self._seen.clear()
         self._state, self._asked, self.notes = None, None, ()
 
+    def look_again(self) -> None:
+        """More control blocks are known to compare with."""
+        self._seen.clear()
+
     def numbers(self) -> Dict[int, str]:
         """The debugger's numbers of the processors, with a title each."""
         found = self._port.processors()
@@ -180,14 +184,17 @@ class Processors:
         """KVM's objects; None where the debugger has no symbols of them (`notes` says why, where it has some)."""
         if self._asked is not None or not self._linux:
             return self._state
-        symbols = self._asked = Symbols(self._port.evaluate)
+        symbols = Symbols(self._port.evaluate)
+        self.notes = ()
         if not is_linux(symbols):
+            self._asked = symbols
             if symbols.get("&vm_list") is not None:
                 self.notes = (UNTYPED,)
             return None
         try:
             root = find_root(symbols, self._machine.memory, list(self._hosts(live, where)))
             if root is None:
+                # Control blocks that are found later may know the host's page tables.
                 self._asked = None if where is not None and where.mode == "unknown" else symbols
                 self.notes = (NO_ROOT,)
                 return None
@@ -195,6 +202,8 @@ class Processors:
             self.notes = tuple(f"KVM's objects: {note}" for note in self._state.notes)
         except (NoSymbol, MemoryUnavailable, UsageError) as error:
             self.notes = (f"KVM's objects: {error}",)
+        # Last: what a Ctrl-C has cut short is asked for again.
+        self._asked = symbols
         return self._state
 
     def _hosts(self, live: Optional[Registers], where: Optional[Where]) -> Iterator[Tuple[Registers, str]]:

@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Tuple
 
 from vtdbg.errors import VtdbgError
-from vtdbg.targets.interrupts import deliver, held_back, waiting_at_most
+from vtdbg.targets.interrupts import deliver, held_back
 from vtdbg.targets.port import Port, TargetGone
-
-PATIENCE = 0.3
-"""Seconds without an exit after which a Ctrl-C stops the running target."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,7 @@ def trace(port: Port, handler: int, count: int, read: Callable[[], Exit], timeou
     """
     found = Trace()
     try:
-        # GDB passes a Ctrl-C on to the target while that runs, and where it has just stopped by itself both forget it: so it waits for the stop,
-        # unless that takes a while.
+        # A Ctrl-C comes between two exits, or (`run_to`) while the next one is waited for.
         with held_back():
             _until(found, port, handler, count, read, timeout)
     except KeyboardInterrupt:
@@ -73,9 +69,7 @@ def trace(port: Port, handler: int, count: int, read: Callable[[], Exit], timeou
 def _until(found: Trace, port: Port, handler: int, count: int, read: Callable[[], Exit], timeout: Optional[float]) -> None:
     while len(found.exits) < count:
         deliver()
-        with waiting_at_most(PATIENCE):
-            there = port.run_to(handler, timeout)
-        if not there:
+        if not port.run_to(handler, timeout):
             found.ended = f"the target stopped elsewhere (RIP {port.registers().get('rip') or 0:#x})"
             return
         found.exits.append(read())

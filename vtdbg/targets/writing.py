@@ -12,6 +12,7 @@ from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 from vtdbg.errors import FormatError, VtdbgError
 from vtdbg.targets.inject import CF, VMREAD, VMWRITE, ZF, Injector
+from vtdbg.targets.interrupts import carried_out
 from vtdbg.targets.port import TargetError, TargetGone
 from vtdbg.vmx import fields as vmcs_fields
 from vtdbg.vmx.layout_map import ACCESS_RIGHTS_FIELDS, LayoutField, stored_access_rights
@@ -71,22 +72,19 @@ def _changed(target: Injector, encoding: int, value: int, read_page: Callable[[]
 def _put_back(target: Injector, encoding: int, value: int) -> None:
     """Whatever has happened; a Ctrl-C waits until it is done."""
     what = f"{vmcs_fields.find(encoding).name} of the current VMCS was being changed, put it back by VMWRITE {encoding:#x}, {value:#x}"
-    interrupted: Optional[KeyboardInterrupt] = None
-    while True:
-        try:
-            flags = target.run(VMWRITE, {"rcx": encoding, "rax": value}, at_once=True)["rflags"]
-            break
-        except KeyboardInterrupt as error:
-            interrupted = error
-        except VtdbgError as error:
-            raise (TargetGone if isinstance(error, TargetGone) else TargetError)(f"{error}; {what}") from error
-    if flags & (CF | ZF):
-        # Refused as before: then there is nothing to put back, which VMREAD tells.
-        now = target.run(VMREAD, {"rcx": encoding, "rax": 0}, at_once=True)
-        if now["rflags"] & (CF | ZF) or now["rax"] != value:
-            raise TargetError(f"VMWRITE fails; {what}")
-    if interrupted is not None:
-        raise interrupted
+
+    def put_back() -> None:
+        flags = target.run(VMWRITE, {"rcx": encoding, "rax": value}, at_once=True)["rflags"]
+        if flags & (CF | ZF):
+            # Refused as before: then there is nothing to put back, which VMREAD tells.
+            now = target.run(VMREAD, {"rcx": encoding, "rax": 0}, at_once=True)
+            if now["rflags"] & (CF | ZF) or now["rax"] != value:
+                raise TargetError("VMWRITE fails")
+
+    try:
+        carried_out(put_back)
+    except VtdbgError as error:
+        raise (TargetGone if isinstance(error, TargetGone) else TargetError)(f"{error}; {what}") from error
 
 
 def _place(encoding: int, value: int, before: bytes, after: bytes) -> "Optional[Tuple[LayoutField, str]]":
