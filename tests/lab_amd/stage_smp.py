@@ -47,7 +47,7 @@ def main():
     if "vmrun" not in result:
         result["vmrun"] = booted(TRIES)
         result["vmcb"], result["thread"] = {}, {}
-        vmruns(result, "a0", "a1")
+        vmruns(result, "a0", "a1", "b0")
     point = os.environ["LAB_POINT"]
     for _ in range(TRIES):
         if point == "one":
@@ -59,7 +59,7 @@ def main():
             if guest_of(rip_of(2)) == "a1":
                 break
         else:
-            vmruns(result, "b0", "l2")
+            vmruns(result, "l2")
             until(truth("l2_loop"), 2, TRIES)
             break
     else:

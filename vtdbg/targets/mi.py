@@ -130,7 +130,12 @@ class MiPort(GdbPort):
             select.select(gdb.io_manager.read_list, [], [], wait)
             wait = 0.0
         with held_back():
-            found: List[Dict[str, Any]] = gdb.get_gdb_response(timeout_sec=wait, raise_error_on_timeout=False)
+            try:
+                found: List[Dict[str, Any]] = gdb.get_gdb_response(timeout_sec=wait, raise_error_on_timeout=False)
+            except ValueError:
+                # A Ctrl-C can be held back from this thread only: where another one took it, the rest of a line may stand here, of a command
+                # whose answer nobody waits for any more.
+                found = []
             self._unread += found
         if not found and gdb.gdb_process is not None and gdb.gdb_process.poll() is not None:
             raise TargetGone(f"gdb has ended with status {gdb.gdb_process.returncode}")
