@@ -1,7 +1,7 @@
 /* A debugger without windows.  host TARGET COMMAND...: opens the target in dbgeng, executes the commands, prints what the engine prints.
  * TARGET: a dump, kd:OPTIONS of a live kernel, proc:COMMAND for a user-mode process, or - for none.  Before each command: "\x02COMMAND\n".
- * A COMMAND that begins with "!dml " has the engine deliver DML instead of its plain text, as WinDbg's window asks for it; "!serve MILLISECONDS"
- * lets other debuggers use the session (.server) for so long. */
+ * A COMMAND that begins with "!dml " has the engine deliver DML instead of its plain text, as WinDbg's window asks for it; "!serve FILE" makes
+ * FILE.ready, and lets other debuggers use the session (.server) until there is a FILE. */
 #define COBJMACROS
 #define INITGUID
 #include <stdio.h>
@@ -60,7 +60,7 @@ int main(int argc, char **argv)
         HRESULT h = !strncmp(target, "proc:", 5) ? client->lpVtbl->CreateProcess(client, 0, argv[1] + 5, DEBUG_ONLY_THIS_PROCESS)
                     : live                       ? client->lpVtbl->AttachKernel(client, 0, target + 3)
                                                  : client->lpVtbl->OpenDumpFile(client, target);
-        if (!h) h = control->lpVtbl->WaitForEvent(control, 0, live ? 0xffffffff : 20000);
+        if (!h) h = control->lpVtbl->WaitForEvent(control, 0, 0xffffffff);
         if (h) { printf("cannot open %s: %08lx\n", target, h); fflush(stdout); }
     }
     for (int i = 2; i < argc; i++) {
@@ -73,7 +73,10 @@ int main(int argc, char **argv)
         print(command);
         print("\n");
         if (!strncmp(command, "!serve ", 7)) {
-            client->lpVtbl->DispatchCallbacks(client, atoi(command + 7));
+            char ready[MAX_PATH];
+            snprintf(ready, sizeof ready, "%s.ready", command + 7);
+            CloseHandle(CreateFileA(ready, GENERIC_WRITE, 0, 0, CREATE_ALWAYS, 0, 0));
+            while (GetFileAttributesA(command + 7) == INVALID_FILE_ATTRIBUTES) client->lpVtbl->DispatchCallbacks(client, 50);
             continue;
         }
         control->lpVtbl->Execute(control, DEBUG_OUTCTL_ALL_CLIENTS, command, DEBUG_EXECUTE_NOT_LOGGED);

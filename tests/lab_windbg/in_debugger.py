@@ -19,21 +19,30 @@ def interrupt() -> None:
     CtypesEngine.of_this_process().control.method(4, "SetInterrupt", ctypes.c_uint32)(1)
 
 
-def broken(engine: Engine, method: str, call: int, wait: float) -> Engine:
-    """The engine; the user presses Ctrl-Break in the given call of `method`, which then takes so long."""
-    real, left = getattr(engine, method), [call]
+def broken(engine: Engine, method: str, call: int) -> Engine:
+    """The engine; the user presses Ctrl-Break in the given call of `method`.
 
-    def slow(*arguments, **options):
+    Somebody takes it then: the plugin when it asks the engine next, or pykd, which asks four times a second, and whose SystemExit comes a little
+    later.  So the plugin asks until either has happened, and by pykd's engine, which leaves interrupts to pykd, the call takes until then.
+    """
+    real, asked, left = getattr(engine, method), engine.interrupted, [call]
+
+    def call_and_press(*arguments, **options):
         left[0] -= 1
         result = real(*arguments, **options)
         if not left[0]:
             interrupt()
-            end = time.monotonic() + wait
-            while time.monotonic() < end:
+            while isinstance(engine, PykdEngine):
                 time.sleep(0.01)
         return result
 
-    setattr(engine, method, slow)
+    def interrupted() -> bool:
+        while left[0] <= 0 and not asked():
+            time.sleep(0.01)
+        return left[0] <= 0
+
+    setattr(engine, method, call_and_press)
+    engine.interrupted = interrupted
     return engine
 
 
@@ -59,16 +68,16 @@ def modules() -> None:
 
 
 def reading() -> None:
-    case("read", broken(CtypesEngine.of_this_process(), "read_physical", 2, 0), "vmcs", "list")
+    case("read", broken(CtypesEngine.of_this_process(), "read_physical", 2), "vmcs", "list")
 
 
 def writing() -> None:
-    case("write", broken(CtypesEngine.of_this_process(), "write", 1, 0), "exit", "reasons")
+    case("write", broken(CtypesEngine.of_this_process(), "write", 1), "exit", "reasons")
 
 
 def reading_by_pykd() -> None:
     """The engine's interrupt is pykd's to take: it raises SystemExit."""
-    case("read", broken(PykdEngine(), "read_physical", 2, 5), "vmcs", "list")
+    case("read", broken(PykdEngine(), "read_physical", 2), "vmcs", "list")
 
 
 globals()[sys.argv[1]]()

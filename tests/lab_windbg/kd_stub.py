@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional
 
 from lab_windbg.image import DEBUGGER_BLOCK, MODULES, NT, PRCB, PRCB_CONTEXT, PRCB_SPECIAL, PRCB_THREAD, PROCESSOR_BLOCK, Image
@@ -109,12 +110,14 @@ class Kernel:
 
 class KdStub(threading.Thread):
     """Serves one debugger on a port of its own choice; `requests` counts the calls by number, `ran` how often the machine was let run, `failure`
-    is what ended it, if not the debugger."""
+    is what ended it, if not the debugger.  `began` is a file that is there once the machine was let run.  `slow`: the Nth request of that number is
+    not answered until the debugger has asked again; `repeated` counts what was asked again."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, began: Optional[Path] = None, slow: Optional[Mapping[int, int]] = None) -> None:
         super().__init__(daemon=True)
-        self.kernel = kernel
+        self.kernel, self._began, self._slow = kernel, began, dict(slow or {})
         self.requests: Dict[int, int] = {}
+        self.repeated: Dict[int, int] = {}
         self.processors_seen: List[int] = []
         self.ran = 0
         self.failure: Optional[Exception] = None
@@ -140,13 +143,16 @@ class KdStub(threading.Thread):
         except Exception as error:  # noqa: BLE001 - kept for the test, which runs in another thread
             self.failure = error
 
-    def _read(self, count: int) -> bytes:
+    def _wait_for(self, count: int) -> None:
         assert self._peer is not None
         while len(self._buffer) < count:
             data = self._peer.recv(65536)
             if not data:
                 raise EOFError
             self._buffer += data
+
+    def _read(self, count: int) -> bytes:
+        self._wait_for(count)
         data, self._buffer = self._buffer[:count], self._buffer[count:]
         return data
 
@@ -199,10 +205,14 @@ class KdStub(threading.Thread):
         data = self._read(size + 1)[:size]
         if sum(data) & 0xFFFFFFFF != checksum:
             return self._send_control(RESEND)
-        self._send_control(ACKNOWLEDGE, packet_id & ~SYNC)
+        (api,) = struct.unpack_from("<I", data)
         if packet_id & ~SYNC == self._answered:
-            # Sent again by a debugger that got impatient: it was answered.
-            return self._write(b"")
+            # Sent again by a debugger that got impatient: acknowledgement and answer are on their way, and TCP loses nothing.
+            self.repeated[api] = self.repeated.get(api, 0) + 1
+            return None
+        if self._slow.get(api) == self.requests.get(api, 0) + 1:
+            self._wait_for(1)
+        self._send_control(ACKNOWLEDGE, packet_id & ~SYNC)
         self._answered = packet_id & ~SYNC
         if kind == STATE_MANIPULATE:
             self._manipulate(data)
@@ -224,7 +234,10 @@ class KdStub(threading.Thread):
         if api in (CONTINUE, CONTINUE2):
             # The acknowledgement, and nothing more until the debugger breaks in.
             self.ran += 1
-            return self._write(b"")
+            self._write(b"")
+            if self._began is not None:
+                self._began.touch()
+            return None
         if api == REBOOT:
             return self._write(b"")
         arguments = bytearray(data[16:56])

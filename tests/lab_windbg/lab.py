@@ -6,12 +6,14 @@ Windows, tabulate and capstone.  All of it is kept in a folder of the user's cac
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,10 @@ OVERRIDES = "dbgeng,dbghelp,dbgmodel,symsrv,srcsrv,msdia140,mscoree=n;mshtml=;wi
 
 KEEPER = "import ctypes; ctypes.windll.user32.GetDesktopWindow(); print(); input()"
 
+HANGS = 1800
+"""Seconds after which a program counts as hanging.  The longest takes half a minute on an idle machine; no test waits for a time."""
+_END = b"\0ended\0"
+
 
 def windows_path(path: "Path | str") -> str:
     """A file of this machine as programs of Windows name it."""
@@ -60,19 +66,38 @@ class Lab:
             raise Unavailable("wine64 or mingw is missing (apt-get install wine64 gcc-mingw-w64-x86-64-win32)")
         sources = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("lab.py", "host.c", "mscoree.c"))).hexdigest()
         stamp = self.folder / "made-of"
-        if stamp.exists() and stamp.read_text() == sources:
-            return self
-        stamp.unlink(missing_ok=True)
+
+        def made() -> bool:
+            return stamp.exists() and stamp.read_text() == sources
+
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Kept until this process ends.  One of two test runs that begin together makes it, and none while another of older sources uses it.
+        lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        while not made():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made():
+                self._make()
+                stamp.write_text(sources)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        return self
+
+    def _make(self) -> None:
+        (self.folder / "made-of").unlink(missing_ok=True)
         self._download()
         self._unpack()
         self._build()
-        if not (self.prefix / "drive_c").is_dir():
-            self._run(["wineboot", "-i"], 300)
-        if not (self.prefix / "drive_c").is_dir():
+        self._make_prefix()
+
+    def _make_prefix(self) -> None:
+        whole = self.folder / "prefix-is-whole"
+        if whole.exists() and self.prefix.is_dir():
+            return
+        shutil.rmtree(self.prefix, ignore_errors=True)
+        self._run(["wineboot", "-i"])
+        if not (self.prefix / "drive_c" / "windows").is_dir():
             raise Unavailable(f"Wine made no prefix in {self.prefix}")
-        stamp.write_text(sources)
-        return self
+        whole.touch()
 
     def _download(self) -> None:
         target = self.folder / "downloads"
@@ -119,28 +144,54 @@ class Lab:
         return {**kept, "WINEPREFIX": str(self.prefix), "WINEARCH": "win64", "WINEDEBUG": "-all", "WINEDLLOVERRIDES": OVERRIDES,
                 "WINEPATH": f"{windows_path(self.python)};{windows_path(self.engine)}"}
 
-    def _run(self, command: Sequence[str], timeout: float) -> str:
-        """Input and output are pipes: with a file as output Windows' Python does not start, on a terminal there are escape sequences."""
-        assert self.wine is not None
-        done = subprocess.run([self.wine, *command], input=b"", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-                              env=self._environment())
-        return done.stdout.decode("ascii", "backslashreplace").replace("\r\n", "\n")
+    def _run(self, command: Sequence[str]) -> str:
+        """What a program has printed when it ends; AssertionError where it does not.
 
-    def run_python(self, program: str, *arguments: str, timeout: float = 90) -> str:
+        Input and output are pipes: with a file as output Windows' Python does not start, on a terminal there are escape sequences.
+        """
+        assert self.wine is not None
+        reading, writing = os.pipe()
+        hung: List[str] = []
+        process = subprocess.Popen([self.wine, *command], stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.STDOUT, env=self._environment())
+        assert process.stdin is not None
+        process.stdin.close()
+
+        def ended() -> None:
+            # Wine's services inherit the pipe of the program that started them, and keep it open for longer: its end says nothing.
+            try:
+                process.wait(HANGS)
+            except subprocess.TimeoutExpired:
+                hung.append(f"{' '.join(command)[:200]}: not at its end after {HANGS} seconds")
+                process.kill()
+                process.wait()
+            os.write(writing, _END)
+            os.close(writing)
+
+        threading.Thread(target=ended, daemon=True).start()
+        output = b""
+        with open(reading, "rb", buffering=0) as pipe:
+            while not output.endswith(_END):
+                output += pipe.read(1 << 16)
+        told = output[:-len(_END)].decode("ascii", "backslashreplace").replace("\r\n", "\n")
+        if hung:
+            raise AssertionError(f"{hung[0]}: {told[-2000:]}")
+        return told
+
+    def run_python(self, program: str, *arguments: str) -> str:
         """What a program of tests/lab_windbg prints in Windows' Python 3.9, with vtdbg and the plugin importable."""
         paths = [windows_path(path) for path in (ROOT, ROOT / "windbg_plugin", ROOT / "tests")]
         start = f"import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        return self._run([str(self.python / "python.exe"), "-u", "-W", "error", "-c", start, windows_path(HERE / program), *arguments], timeout)
+        return self._run([str(self.python / "python.exe"), "-u", "-W", "error", "-c", start, windows_path(HERE / program), *arguments])
 
-    def run_module(self, module: str, *words: str, timeout: float = 90) -> str:
+    def run_module(self, module: str, *words: str) -> str:
         """What `python -m MODULE WORDS` prints; the embeddable Python itself imports from its own folder only."""
         paths = [windows_path(path) for path in (ROOT, ROOT / "windbg_plugin")]
         start = f"import sys, runpy; sys.path[:0] = {paths!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
-        return self._run([str(self.python / "python.exe"), "-c", start, *words], timeout)
+        return self._run([str(self.python / "python.exe"), "-c", start, *words])
 
-    def run_host(self, target: str, *commands: str, timeout: float = 90) -> List[str]:
+    def run_host(self, target: str, *commands: str) -> List[str]:
         """What the debugger prints for each command, in dbgeng's own process."""
-        output = self._run([str(self.engine / "host.exe"), target, *commands], timeout)
+        output = self._run([str(self.engine / "host.exe"), target, *commands])
         parts = output.split("\x02")
         if len(parts) != len(commands) + 1:
             raise AssertionError(f"the debugger ended early: {output[-2000:]}")
@@ -150,16 +201,17 @@ class Lab:
     def running(self) -> Iterator["Lab"]:
         """Wine stays started: a program begins in a tenth of a second, not in two."""
         assert self.wine is not None
-        waiting = subprocess.Popen([self.wine, str(self.python / "python.exe"), "-u", "-c", KEEPER], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._environment())
-        assert waiting.stdout is not None
-        # Wine's services and its desktop inherit the output of the program that started them.  It has to be this one: another's would not end
-        # before they do.
-        waiting.stdout.readline()
-        try:
-            yield self
-        finally:
-            waiting.communicate(b"\n")
+        keeper = subprocess.Popen([self.wine, str(self.python / "python.exe"), "-u", "-c", KEEPER], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._environment())
+        assert keeper.stdin is not None and keeper.stdout is not None
+        with keeper.stdin, keeper.stdout:
+            keeper.stdout.readline()
+            try:
+                yield self
+            finally:
+                keeper.stdin.write(b"\n")
+                keeper.stdin.flush()
+                keeper.wait()
 
     @property
     def load(self) -> str:

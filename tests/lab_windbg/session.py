@@ -2,7 +2,7 @@
 
 session.py TARGET FILE: TARGET is a dump or kd:OPTIONS.  FILE holds one JSON object a line: {"backend", "words", optional "interrupt", "state"}.
 "interrupt": 0 for a Ctrl-Break before the command, N for one at the Nth step of the target.  "state": "go" where the target was told to run and
-nobody waits for it, "running" where it does run, until it is broken into after the command.
+nobody waits for it, "running" where it does run, until it is broken into after the command; "began": the file that is there once it does.
 Prints one JSON object a line: {"status", "text"} of each, then the selected processor and all registers.  Opening is pykd's: both backends
 then look at the same session of the engine, as they do inside WinDbg.
 """
@@ -59,7 +59,7 @@ def go(engine: Engine) -> None:
         control(engine, 50, ctypes.c_uint32)(STATUS_GO)
 
 
-def while_running(engine: Engine, run: Callable[[Engine], int], write: Callable[..., None]) -> int:
+def while_running(engine: Engine, run: Callable[[Engine], int], write: Callable[..., None], began: str) -> int:
     """`run` in another thread, with an engine of its own, while this one waits for the running target; then the break-in."""
     go(engine)
     statuses: List[int] = []
@@ -67,10 +67,13 @@ def while_running(engine: Engine, run: Callable[[Engine], int], write: Callable[
     def other() -> None:
         mine = CtypesEngine.of_this_process()
         mine.write = write  # type: ignore[method-assign]
-        # Until the wait has begun: the machine is told to run in it.
-        time.sleep(1)
-        statuses.append(run(mine))
-        interrupt(mine, INTERRUPT_ACTIVE)
+        # The machine is told to run when the wait has begun.
+        while not os.path.exists(began):
+            time.sleep(0.01)
+        try:
+            statuses.append(run(mine))
+        finally:
+            interrupt(mine, INTERRUPT_ACTIVE)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -102,7 +105,7 @@ def main(target: str, path: str) -> None:
         elif request.get("interrupt"):
             at_step(engine, request["interrupt"])
         if request.get("state") == "running":
-            status = while_running(engine, lambda mine: execute(mine, words, dml=False), write)  # noqa: B023
+            status = while_running(engine, lambda mine: execute(mine, words, dml=False), write, request["began"])  # noqa: B023
         else:
             if request.get("state") == "go":
                 go(engines["ctypes"])
