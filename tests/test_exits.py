@@ -558,4 +558,4 @@ def test_printing() -> None:
     assert len(lines) == 1 + len(explanation.facts) + len(explanation.stale) + len(explanation.advice) + len(explanation.notes)
     assert "  guest-physical address:  0x5000" in lines
     assert str(vtdbg.explain_vm_exit("0x80000021", 0)).splitlines()[2] == "  VM-entry failure:  0x1  1"
-    assert str(vtdbg.explain_vmcs(Vmcs.from_values({"VM_EXIT_REASON": 12}))).startswith("HLT (HLT)")
+    assert str(vtdbg.explain_vmcs(Vmcs.from_values({"VM_EXIT_REASON": 12}))).splitlines()[0] == "HLT"

@@ -16,6 +16,10 @@ class UsageError(VtdbgError):
     """A command was called with arguments that cannot work."""
 
 
+class NoMemory(UsageError):
+    """A command needs memory to look at, and nobody has named any."""
+
+
 class FormatError(VtdbgError):
     """A file, a page or a text is not what it has to be.
 

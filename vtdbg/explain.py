@@ -69,7 +69,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """The whole explanation as lines of text: what `print` shows in a script."""
-        lines = [f"{self.name} ({self.title})" + (f": {self.summary}" if self.summary else "")]
+        lines = [named(self.name, self.title) + (f": {self.summary}" if self.summary else "")]
         for fact in self.facts + self.stale:
             value = "" if fact.value is None else f"{fact.value:#x}"
             lines.append("  " + "  ".join(part for part in (f"{fact.label}:", value, fact.meaning, fact.warning and f"[{fact.warning}]") if part))
@@ -91,6 +91,11 @@ class Explanation:
     def warnings(self) -> Tuple[str, ...]:
         """Every warning, with the fact that it is about."""
         return tuple(f"{fact.label}: {fact.warning}" for fact in self.facts if fact.warning)
+
+
+def named(name: str, title: str) -> str:
+    """"EPT_VIOLATION (EPT violation)"; "HLT" where the manual's title is the identifier."""
+    return name if title.lower() == name.lower() else f"{name} ({title})"
 
 
 def bit_facts(table: BitTable, value: int, group: str, source: str = "") -> Iterator[Fact]:

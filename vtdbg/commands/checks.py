@@ -118,6 +118,7 @@ def check_vmcb(session: Session, address: Optional[int], text: Optional[str], in
     caps = SvmCapabilities.of(session.caps) if session.caps is not None else None
     report = _report("vmcb check", session, text, STALE_VMCB)
     for item in chosen:
+        report.notes += [warning for warning in item.vmcb.warnings if warning not in report.notes]
         findings = check_vmrun(item.vmcb, caps, memory, vmcb_address=item.address)
         if lint:
             findings += lint_vmcb(item.vmcb, caps, memory)

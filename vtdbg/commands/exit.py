@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional
+import re
+from typing import Any, Callable, Dict, List, Mapping, Optional, TypeVar
 
 from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks, read_text
 from vtdbg.commands.session import Session, given_registers
-from vtdbg.errors import FormatError, UsageError
+from vtdbg.errors import FormatError, UnknownName, UsageError
 from vtdbg.explain import Advice, Explanation, Fact
+from vtdbg.names import near_names
 from vtdbg.numbers import parse_number
+from vtdbg.record import name_key
 from vtdbg.report import Block, Group, Lines, Report, Table, Value, hexa, text
 from vtdbg.svm import exit_codes
 from vtdbg.svm.exits import explain_svm_exit
 from vtdbg.vmx import exits as vmx_exits
+
+E = TypeVar("E")
 
 ADVICE_TITLES = {"rip": "RIP", "event": "event", "shadow": "interruptibility", "cause": "cause", "avoid": "avoid", "emulate": "handler", "fix": "fix"}
 
@@ -42,7 +47,8 @@ SVM_NUMBERS = (
 @verb(
     "exit explain",
     "what an exit means, from memory, a log or numbers",
-    Arg("address", "address", "physical address of the VMCS or VMCB (default: every one that a scan finds)", nargs="?"),
+    Arg("what", "exit", "physical address of the VMCS or VMCB (default: every one that a scan finds); or the reason of VMX and its qualification, or "
+        "the exit code of SVM, EXITINFO1 and EXITINFO2: numbers, or a name first", nargs="*"),
     *NUMBERS,
     *SVM_NUMBERS,
     Opt("--reg", "text", "a guest register, for operands: rbx=0x1000", many=True, metavar="NAME=VALUE"),
@@ -54,7 +60,7 @@ SVM_NUMBERS = (
 )
 def explain(
     session: Session,
-    address: Optional[int],
+    what: List[str],
     reg: Optional[List[str]],
     instruction_error: Optional[int],
     abort: Optional[int],
@@ -69,6 +75,7 @@ def explain(
     report = Report("exit explain")
     registers = given_registers(reg or [])
     given = {name: value for name, value in numbers.items() if value is not None}
+    address = _address_or_numbers(session, report, what, given)
     if instruction_error is not None or abort is not None:
         _numbered(report, instruction_error, abort)
         return report
@@ -81,24 +88,109 @@ def explain(
     return report
 
 
-@verb("exit reasons", "every exit reason and exit code in one list", Arg("which", "choice", "vmx or svm", nargs="?", choices=("vmx", "svm")))
+def _address_or_numbers(session: Session, report: Report, words: List[str], given: Dict[str, Any]) -> Optional[int]:
+    """What stands without an option: the address of a page; or an exit, which goes to `given`.
+
+    An address has 12 zero bits, and only where there is memory to look at; every other number, and every name, is an exit.
+    """
+    if not words:
+        return None
+    first = words[0]
+    vmx, svm = _known_exit(vmx_exits.find, first), _known_exit(exit_codes.find, first)
+    number = _as_number(first)
+    if number is None and vmx is None and svm is None:
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", first) and session.evaluate is None:
+            known = [*(row.name for row in vmx_exits.reasons().values()), *exit_codes.names()]
+            raise UnknownName("exit", first, near_names(first, known))
+        number = session.resolved(session.convert("address", first))
+        vmx = svm = None
+    if number is not None and len(words) == 1 and not number & 0xFFF and (number or session.has_machine):
+        return number
+    if {"reason", "exit_code"} & set(given):
+        raise UsageError(f"{first!r} and --reason or --exit-code: one of them says which exit it is")
+    if number is not None and vmx is not None:
+        # A reason has bits 15:0 and flags in 31:25; more is a number of something else.
+        vmx = vmx if not number >> 16 & ~0xFE00 and number >= 0 else None
+    if vmx is None and svm is None:
+        raise UsageError(f"{first} is neither the address of a page (4 KiB aligned) nor an exit: `exit reasons` lists them{_without_0x(first)}")
+    if vmx is not None and svm is not None:
+        report.notes.append(f"{first} is taken for VMX exit reason {vmx.number} ({vmx.name}); SVM: --exit-code {first} ({svm.name})")
+    names = ("reason", "qualification") if vmx is not None else ("exit_code", "exit_info_1", "exit_info_2")
+    if len(words) > len(names):
+        raise UsageError(f"{' '.join(words[len(names):])}: behind {first} only {' and '.join(names[1:])} can stand; the others have options (--help)")
+    for name, word in zip(names, words):
+        if name in given:
+            raise UsageError(f"{word} and --{name.replace('_', '-')}: give one of them")
+        given[name] = word if name in ("reason", "exit_code") else parse_number(word)
+    return None
+
+
+def _known_exit(find: Callable[[str], E], word: str) -> Optional[E]:
+    try:
+        return find(word)
+    except UnknownName:
+        return None
+
+
+def _as_number(word: str) -> Optional[int]:
+    try:
+        return parse_number(word)
+    except UsageError:
+        return None
+
+
+def _without_0x(word: str) -> str:
+    """For a reason out of a kernel's log, which prints hexadecimal without 0x."""
+    if not re.fullmatch(r"[0-9a-fA-F]{1,12}", word):
+        return ""
+    if not int(word, 16) & 0xFFF:
+        return f"; for hexadecimal write 0x{word}"
+    meant = _known_exit(vmx_exits.find, f"0x{word}")
+    return f"; for hexadecimal write 0x{word} ({meant.name})" if meant is not None else ""
+
+
+@verb("exit reasons", "every exit reason and exit code in one list",
+      Arg("which", "text", "vmx or svm; or a number, a name or a part of one: only those", nargs="?"))
 def reasons(session: Session, which: Optional[str]) -> Report:
     """The basic exit reasons of the SDM and the exit codes of the APM, with the kernel's names."""
     report = Report(
         "exit reasons",
         python=["from vtdbg.vmx.exits import reasons", "for number, row in reasons().items():", "    print(number, row.name, row.title)"],
     )
-    if which != "svm":
+    maker = MAKERS.get((which or "").lower(), "")
+    named = () if which is None or maker else (_known_exit(vmx_exits.find, which), _known_exit(exit_codes.find, which))
+
+    def wanted(kind: str, number: int, row: "vmx_exits.ExitReason | exit_codes.ExitCode") -> bool:
+        return which is None or maker == kind or (not maker and (row in named or _has(which, number, row)))
+
+    vmx = [row for row in vmx_exits.reasons().values() if wanted("vmx", row.number, row)]
+    svm = [row for row in exit_codes.exit_codes().values() if wanted("svm", row.code, row)]
+    if not vmx and not svm:
+        known = [*(row.name for row in vmx_exits.reasons().values()), *exit_codes.names()]
+        raise UnknownName("exit", which, near_names(which, known))
+    if vmx:
         table = Table("vmx", (("number", "reason"), ("hex", "hex"), ("name", "name"), ("title", "meaning")), title="VMX basic exit reasons")
-        for number, row in vmx_exits.reasons().items():
-            table.add(Value(number, str(number)), hexa(number, 2), row.name, row.title)
+        for row in vmx:
+            table.add(Value(row.number, str(row.number)), hexa(row.number, 2), row.name, row.title)
         report.add(table)
-    if which != "vmx":
+    if svm:
         table = Table("svm", (("code", "code"), ("name", "name"), ("title", "meaning")), title="SVM exit codes")
-        for code, known in exit_codes.exit_codes().items():
-            table.add(hexa(code, 3), known.name, known.title)
+        for code in svm:
+            table.add(hexa(code.code, 3), code.name, code.title)
         report.add(table)
     return report
+
+
+MAKERS = {"vmx": "vmx", "intel": "vmx", "vt-x": "vmx", "svm": "svm", "amd": "svm", "amd-v": "svm"}
+
+
+def _has(wanted: str, number: int, row: "vmx_exits.ExitReason | exit_codes.ExitCode") -> bool:
+    """The number, or a part of a name."""
+    given = _as_number(wanted)
+    if given is not None:
+        return given in (number, number & 0xFFFFFFFF)
+    part = name_key(wanted)
+    return bool(part) and any(part in name_key(name) for name in (row.name, row.title, *row.aliases))
 
 
 def _split(given: Mapping[str, Any]) -> "tuple[Dict[str, Any], Dict[str, Any]]":
@@ -117,7 +209,13 @@ def _split(given: Mapping[str, Any]) -> "tuple[Dict[str, Any], Dict[str, Any]]":
 
 
 def _number_or_name(given: str) -> Any:
-    return parse_number(given) if given[:1].isdigit() or given[:1] == "-" else given
+    if not (given[:1].isdigit() or given[:1] == "-"):
+        return given
+    number = parse_number(given)
+    hint = _without_0x(given) if given.isdigit() and number >> 16 else ""
+    if hint and vmx_exits.reasons().get(number & 0xFFFF) is None:
+        raise UsageError(f"{given} is no exit reason{hint}")
+    return number
 
 
 def _from_numbers(report: Report, given: Mapping[str, Any], registers: Mapping[str, Optional[int]]) -> None:
@@ -127,6 +225,8 @@ def _from_numbers(report: Report, given: Mapping[str, Any], registers: Mapping[s
     else:
         found = vmx_exits.explain_vm_exit(registers=registers, **vmx)
     report.add(explanation_group(found, ""))
+    if not found.known and found.kind == "vmx" and exit_codes.get(found.code) is not None:
+        report.notes.append(f"{found.code:#x} is an exit code of SVM ({exit_codes.find(found.code).name}): --exit-code {found.code:#x}")
     call = "explain_svm_exit" if svm else "explain_vm_exit"
     report.python = ["import vtdbg", f"exit = vtdbg.{call}({_arguments(svm or vmx, registers)})", "print(exit)"]
 
@@ -199,13 +299,13 @@ def _numbered(report: Report, instruction_error: Optional[int], abort: Optional[
 def explanation_group(found: Explanation, where: str, kind: str = "") -> Group:
     """An explanation under one title: facts by field, what is stale, advice."""
     label = kind or ("exit code" if found.kind == "svm" else "exit reason")
-    number = f"{found.code:#x}" if found.kind == "svm" else str(found.code)
+    number = f"{found.code:#x}" if found.kind == "svm" and found.code >= 0 else str(found.code)
     words = f": {found.title}" if found.title.lower() != found.name.lower() else ""
     title = f"{label} {number} {found.name}{words}" + (f" ({where})" if where else "")
     data = {"kind": found.kind, "code": found.code, "name": found.name, "known": found.known, "see": found.see, "where": where}
     blocks: List[Block] = []
     summary = getattr(found, "summary", "")
-    if summary:
+    if summary and summary != found.title:
         blocks.append(Lines("summary", [text(summary, "strong")]))
     blocks.append(_facts("facts", found.facts, ""))
     if found.stale:

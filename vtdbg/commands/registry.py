@@ -11,7 +11,8 @@ from vtdbg.errors import UnknownName, UsageError
 from vtdbg.names import near_names
 from vtdbg.report import Report
 
-KINDS = ("address", "int", "text", "field", "path", "flag", "choice", "register")
+KINDS = ("address", "int", "text", "field", "path", "flag", "choice", "register", "exit")
+"""What a word stands for.  `exit`: an address, or the numbers or the name of an exit."""
 
 
 class Arg(NamedTuple):
@@ -132,10 +133,16 @@ def verb(
 def verbs_of(group: str) -> List[Verb]:
     """The verbs of a group, in the order of their declaration."""
     if group not in GROUPS:
-        raise UnknownName("command", group, near_names(group, GROUPS))
+        raise UnknownName("command", group, _commands_like(group) or ("help",))
     for module in MODULES[group]:
         importlib.import_module(f"vtdbg.commands.{module}")
     return [found for words, found in _VERBS.items() if words[0] == group]
+
+
+def _commands_like(word: str) -> Tuple[str, ...]:
+    """Groups spelled nearly so, and whole commands for a verb that was written first (`dump`, `walk ept`)."""
+    wanted = word.lower()
+    return near_names(word, GROUPS, 2) + tuple(found.name for found in all_verbs() if len(found.words) > 1 and found.words[1] == wanted)
 
 
 def all_verbs() -> List[Verb]:
@@ -152,6 +159,10 @@ def find_verb(words: Sequence[str]) -> Tuple[Verb, List[str]]:
         exact = _VERBS.get((words[0], words[1]))
         if exact is not None:
             return exact, list(words[2:])
+    if words[0] not in GROUPS and len(words) > 1 and words[1] in GROUPS:
+        swapped = f"{words[1]} {words[0]}"
+        if any(found.name == swapped for found in verbs_of(words[1])):
+            raise UnknownName("command", " ".join(words[:2]), (swapped,))
     verbs = {found.words: found for found in verbs_of(words[0])}
     for length in (2, 1):
         found = verbs.get(tuple(words[:length]))

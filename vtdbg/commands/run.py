@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from vtdbg.commands import registry
 from vtdbg.commands.session import Session
-from vtdbg.errors import VtdbgError
+from vtdbg.errors import NoMemory, VtdbgError
 from vtdbg.report import BAD_INPUT, FINE, Report
 
 
@@ -41,6 +41,10 @@ def run_words(words: Sequence[str], session: Session, render: Render) -> Outcome
         session.configure(options)
         common = {option.dest for option in registry.COMMON_OPTIONS} | {"help"}
         report = found.run(session, **{name: session.resolved(value) for name, value in options.items() if name not in common})
+    except NoMemory as error:
+        reads_text = any(option.flag == "--text" for option in found.options)
+        hint = ", or a log with --text FILE (--text - reads the standard input)" if reads_text else ""
+        return Outcome("", BAD_INPUT, f"{session.program}: {error}{hint}")
     except VtdbgError as error:
         return Outcome("", BAD_INPUT, f"{session.program}: {error}".replace("\n", " "))
     if options.get("python"):

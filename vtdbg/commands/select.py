@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, List, NamedTuple, Optional, Tuple
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from contextlib import nullcontext
+from io import BytesIO
+from typing import TYPE_CHECKING, BinaryIO, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.commands.scanning import STALE_VMCB as STALE_VMCB
 from vtdbg.commands.scanning import STALE_VMCS as STALE_VMCS
 from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
+from vtdbg.numbers import parse_number, size_text
 from vtdbg.scanner import Found
+from vtdbg.svm import recognise
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.vmcs import Vmcs
 
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 # Layouts that no processor uses: KVM's vmcs12 and its like in other hypervisors.
 SOFTWARE_LAYOUTS = ("kvm_", "hyperv_", "virtualbox_", "xen_", "vmware_")
+LONGEST_TEXT = 256 << 20
 NESTED_ADDRESSES = "of a hypervisor inside a guest: its addresses are physical in that guest, not in this memory"
 
 
@@ -65,13 +71,25 @@ class VmcbAt(NamedTuple):
 
 def read_text(path: str) -> str:
     """The text of a file, or of the standard input for "-"; undecodable bytes are replaced, not fatal."""
-    if path == "-":
-        return sys.stdin.read()
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        with _opened(path) as file:
+            content = file.read(LONGEST_TEXT + 1)
     except OSError as error:
         raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
+    if len(content) > LONGEST_TEXT:
+        raise FormatError(path, f"more than {size_text(LONGEST_TEXT)}: no log is so long (a memory image is named with -s)")
+    # Windows' tools write UTF-16 and byte-order marks (PowerShell's >, WinDbg's .logopen /u).
+    encoding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+    return content.decode(encoding, "replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _opened(path: str) -> ContextManager[BinaryIO]:
+    """The file as bytes: what the standard input's text layer makes of them depends on the locale."""
+    if path != "-":
+        return open(path, "rb")
+    if sys.stdin is None:
+        raise FormatError(path, "there is no standard input")
+    return nullcontext(getattr(sys.stdin, "buffer", None) or BytesIO(sys.stdin.read().encode()))
 
 
 def text_dumps(path: str, kind: str, index: Optional[int]) -> "List[TextDump]":
@@ -92,16 +110,57 @@ def text_dumps(path: str, kind: str, index: Optional[int]) -> "List[TextDump]":
 def aligned_page(session: Session, address: int, what: str) -> bytes:
     """The 4 KiB at an address that has to be page-aligned."""
     if address & 0xFFF:
-        raise UsageError(f"{what} address {address:#x} is not 4 KiB aligned (bits 11:0 must be 0); did you mean {address & ~0xFFF:#x}?")
+        as_hexadecimal = int(str(address), 16) if address >= 0 else 0
+        meant = f"{address} without 0x is decimal; did you mean 0x{address}?" if as_hexadecimal and not as_hexadecimal & 0xFFF else \
+            f"did you mean {address & ~0xFFF:#x}?"
+        raise UsageError(f"{what} address {address:#x} is not 4 KiB aligned (bits 11:0 must be 0); {meant}")
     return session.machine.memory.read_page(address)
+
+
+def fields_and_address(words: Sequence[str], at: Optional[int], numbers_below: int) -> Tuple[List[str], Optional[int]]:
+    """The names of fields, and the address of the control block: `dump` and `check` take it in front, so that people write it there too."""
+    names = list(words)
+    for position in (0, -1):
+        if at is None and len(names) > 1 and names[position][:1].isdigit():
+            try:
+                number = parse_number(names[position])
+            except UsageError:
+                continue
+            if number >= numbers_below:
+                at = number
+                names.pop(position)
+    return names, at
 
 
 def vmcs_at(session: Session, address: int) -> VmcsAt:
     """The VMCS in the page at `address`; errors name the address."""
     page = aligned_page(session, address, "VMCS")
-    vmcs = Vmcs.from_page(page, session.layout, f"page {address:#x}")
+    try:
+        vmcs = Vmcs.from_page(page, session.layout, f"page {address:#x}")
+    except FormatError as error:
+        if _vmcb_points(page) >= recognise.FITS:
+            raise UsageError(f"{error}; it looks like a VMCB: `vmcb dump {address:#x}`, `exit explain --vmcb {address:#x}`") from error
+        raise
     session.machine.consider("vmcs", address)
     return VmcsAt(address, vmcs, owner=session.machine.owner(address), inside=session.machine.guest)
+
+
+def _vmcb_points(page: bytes) -> int:
+    kind, evidence = recognise.judge_page(page)
+    return sum(item.points for item in evidence) if kind == recognise.VMCB else 0
+
+
+def _doubt(page: bytes, address: int) -> List[str]:
+    """What is said of a page that the user names as a VMCB and that does not look like one."""
+    points = _vmcb_points(page)
+    if points >= recognise.FITS:
+        return []
+    try:
+        layout = Vmcs.from_page(page).layout
+        other = f"; it is a VMCS (layout {layout.id}): `vmcs dump {address:#x}`" if layout is not None else ""
+    except FormatError:
+        other = ""
+    return [f"this page does not look like a VMCB ({points} points of evidence, real ones have {recognise.FITS} and more){other}"]
 
 
 def found_blocks(session: Session, kind: str) -> List[Found]:
@@ -154,7 +213,9 @@ def chosen_vmcb(
     if address is not None:
         page = aligned_page(session, address, "VMCB")
         session.machine.consider("vmcb", address)
-        return [VmcbAt(address, Vmcb.from_page(page, layout), owner=session.machine.owner(address))]
+        vmcb = Vmcb.from_page(page, layout)
+        vmcb.warnings += _doubt(page, address) if layout == "vmcb" else []
+        return [VmcbAt(address, vmcb, owner=session.machine.owner(address))]
     chosen = [
         VmcbAt(found.address, Vmcb.from_page(session.machine.memory.read_page(found.address)), found)
         for found in found_blocks(session, "vmcb")

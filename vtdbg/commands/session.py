@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from vtdbg.errors import UsageError
+from vtdbg.errors import NoMemory, UsageError
 from vtdbg.machine import Machine
 from vtdbg.numbers import parse_number
 
@@ -75,7 +75,7 @@ class Session:
     def _outermost(self) -> Machine:
         if self._machine is None:
             if not self.source:
-                raise UsageError(f"no memory to look at: name a dump with -s FILE (or set {SOURCE_VARIABLE})")
+                raise NoMemory(f"no memory to look at: name a dump with -s FILE (or set {SOURCE_VARIABLE})")
             if self.source.startswith("gdb:"):
                 from vtdbg.targets import connect
 
@@ -160,6 +160,9 @@ class Session:
     def _evaluated(self, text: str) -> int:
         """By the gdb of our own; without one only numbers are addresses."""
         if not (self.source or "").startswith("gdb:"):
+            if text == "-" or any(mark in text for mark in (os.sep, ".", ":")) or os.path.exists(text):
+                image = "" if text == "-" else f"a memory image is named with -s {text}, "
+                raise UsageError(f"{text!r} is no address: {image}a log with --text {text}")
             return parse_number(text)
         from vtdbg.commands.live import live_machine
 

@@ -9,7 +9,7 @@ from vtdbg.commands.owners import owner_columns
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
 from vtdbg.commands.scanning import scanned_blocks
-from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb
+from vtdbg.commands.select import STALE_VMCB, VmcbAt, chosen_vmcb, fields_and_address
 from vtdbg.commands.session import Session
 from vtdbg.commands.vms import vmcb_vms
 from vtdbg.report import Group, Pairs, Report, Table, Value, hex_or_none, hexa, text
@@ -85,14 +85,15 @@ def dump(session: Session, address: Optional[int], text: Optional[str], index: O
 @verb(
     "vmcb get",
     "the value of some fields",
-    Arg("field", "field", "name or offset; several may follow", nargs="+"),
+    Arg("field", "field", "name or offset; several may follow, and the address of the page", nargs="+"),
     Opt("--at", "address", "physical address of the VMCB page (default: every one that a scan finds)"),
     TEXT,
     INDEX,
 )
 def get(session: Session, field: List[str], at: Optional[int], text: Optional[str], index: Optional[int]) -> Report:
     """Linux' member names (rip, exit_code, cs.selector), the names of the APM, Xen and Bochs, or the offset (0x70)."""
-    wanted = [vmcb_fields.find(name) for name in field]
+    names, at = fields_and_address(field, at, 0x1000)
+    wanted = [vmcb_fields.find(name) for name in names]
     chosen = chosen_vmcb(session, at, text, index)
     report = _report("vmcb get", session, chosen, text)
     for item in chosen:

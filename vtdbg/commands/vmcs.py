@@ -7,7 +7,7 @@ from typing import Dict, Iterator, List, Optional, Sequence
 from vtdbg.commands.field_links import Link, no_link, vmcs_links
 from vtdbg.commands.records import Shown, group_tables, unparsed_block, values_table
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs
+from vtdbg.commands.select import STALE_VMCS, VmcsAt, chosen_vmcs, fields_and_address
 from vtdbg.commands.session import Session, find_layout
 from vtdbg.report import FINE, Group, Lines, Pairs, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.vmx import fields as vmcs_fields
@@ -85,14 +85,16 @@ def dump(
 @verb(
     "vmcs get",
     "the value of some fields",
-    Arg("field", "field", "name or encoding; several may follow", nargs="+"),
+    Arg("field", "field", "name or encoding; several may follow, and the address of the page", nargs="+"),
     Opt("--at", "address", "physical address of the VMCS page (default: every one that a scan finds)"),
     TEXT,
     INDEX,
 )
 def get(session: Session, field: List[str], at: Optional[int], text: Optional[str], index: Optional[int]) -> Report:
     """Any source's name is understood (GUEST_RIP, VMCS_GUEST_RIP, "Guest RIP"), or the encoding (0x681e)."""
-    wanted = [vmcs_fields.find(name) for name in field]
+    # An encoding has 16 bits (SDM vol. 3, Field Encoding in VMCS).
+    names, at = fields_and_address(field, at, 0x10000)
+    wanted = [vmcs_fields.find(name) for name in names]
     chosen = chosen_vmcs(session, at, text, index)
     report = _report("vmcs get", session, chosen, text)
     for item in chosen:

@@ -111,12 +111,16 @@ def get(name: Union[str, int]) -> Optional[ExitCode]:
     try:
         return exit_codes().get(signed(int(name, 0)))
     except ValueError:
-        return _by_name().get(name_key(name))
+        # The uapi header's constants are SVM_EXIT_NPF, its strings for tools EXIT_NPF.
+        key = name_key(name)
+        bare = next((key[len(prefix):] for prefix in ("svmexit", "exit") if key.startswith(prefix)), key)
+        return _by_name().get(key) or _by_name().get(bare)
 
 
 def find(name: Union[str, int]) -> ExitCode:
     """Like `get`; UnknownName with the near names where nobody knows it."""
     found = get(name)
     if found is None:
-        raise UnknownName("SVM exit code", hex(name) if isinstance(name, int) else name, near_names(name, names()) if isinstance(name, str) else ())
+        shown = hex(name) if isinstance(name, int) else name
+        raise UnknownName("SVM exit code", shown, near_names(name.upper().replace("EXIT_", ""), names()) if isinstance(name, str) else ())
     return found

@@ -45,7 +45,8 @@ def info_facts(inputs: ExitInputs) -> Iterator[Fact]:
             continue
         value = inputs.get(name)
         if value is None:
-            yield Fact(label, None, f"unknown: not given ({bits.table(table).title.partition(': ')[2]})", group=label)
+            what = bits.table(table).title.partition(": ")[2]
+            yield Fact(label, None, f"not given ({what})" if what else "not given", group=label)
             continue
         headline = HEADLINES.get(table, _plain)(inputs, value)
         warning = DECODE_ASSISTS if inputs.row.decode and value == 0 else ""

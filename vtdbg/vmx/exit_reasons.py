@@ -9,6 +9,10 @@ from typing import Mapping, Tuple, Union
 from vtdbg import bits
 from vtdbg.errors import UnknownName
 from vtdbg.names import near_names
+from vtdbg.record import name_key
+
+PREFIXES = ("EXIT_REASON_", "VMX_EXIT_REASON_", "VMX_EXIT_", "VMX_VMEXIT_", "VMEXIT_", "REASON_")
+"""What Linux, ia32-doc, VirtualBox and Bochs write before the name."""
 
 ENTRY_FAILURE = 1 << 31
 """Set in the exit reason of a VM entry that failed (SDM vol. 3, Basic VM-Exit Information)."""
@@ -80,18 +84,30 @@ def aborts() -> Mapping[int, NumberedError]:
 
 
 def find(name: Union[int, str]) -> ExitReason:
-    """The reason by number or by any source's name ("EPT_VIOLATION", "48", "eptviolation"); UnknownName with the near names."""
+    """The reason by number or by any source's name ("EPT_VIOLATION", "48", "EXIT_REASON_EPT_VIOLATION", "ept violation"); UnknownName with the
+    near names."""
     text = str(name).strip()
     try:
         number = int(text, 0)
     except ValueError:
-        for row in reasons().values():
-            if text.upper() in (row.name, row.title.upper()) + row.aliases:
-                return row
-        raise UnknownName("VM-exit reason", name, near_names(name, [row.name for row in reasons().values()])) from None
+        bare = next((text[len(prefix):] for prefix in PREFIXES if text.upper().startswith(prefix)), text)
+        row = _by_name().get(name_key(text)) or _by_name().get(name_key(bare))
+        if row is None:
+            raise UnknownName("VM-exit reason", name, near_names(bare, [row.name for row in reasons().values()])) from None
+        return row
     found = reasons().get(number & 0xFFFF)
     if found is None:
         raise UnknownName("VM-exit reason", name)
+    return found
+
+
+@cache
+def _by_name() -> Mapping[str, ExitReason]:
+    """Canonical names win over those of other sources, which sometimes give another reason's name."""
+    found = {name_key(row.name): row for row in reasons().values()}
+    for row in reasons().values():
+        for alias in row.aliases if row.reserved else (*row.aliases, row.title):
+            found.setdefault(name_key(alias), row)
     return found
 
 

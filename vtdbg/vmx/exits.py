@@ -9,7 +9,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Union
 
 from vtdbg import bits
 from vtdbg.errors import UsageError
-from vtdbg.explain import Advice, Explanation, Fact, bit_facts, unique
+from vtdbg.explain import Advice, Explanation, Fact, bit_facts, named, unique
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.vmx import advice, causes, events, guest_code, inputs, instruction_info, nested_walk, operands, qualification
 from vtdbg.vmx.events import Event
@@ -117,7 +117,7 @@ class _Explainer:
             also = f"; other sources call it {', '.join(row.aliases)}" if row.aliases else ""
             yield Fact("basic exit reason", self.number, f"{self.number}: reserved{also}", source, "no processor gives this reason", group)
         else:
-            yield Fact("basic exit reason", self.number, f"{row.name} ({row.title})", source, group=group)
+            yield Fact("basic exit reason", self.number, named(row.name, row.title), source, group=group)
         for fact in bit_facts(bits.table("exit_reason"), self.word, group, source):
             if fact.label != bits.table("exit_reason")["BASIC"].name:
                 yield fact

@@ -95,14 +95,14 @@ def names() -> List[str]:
 
 
 def find(name: Union[str, int]) -> VmcsField:
-    """The field by encoding (int, "0x681e") or by any source's name in any case; UnknownName with the near names.
+    """The field by encoding (int, "0x681e", "26654") or by any source's name in any case; UnknownName with the near names.
 
     The high-access encoding of a 64-bit field (odd) finds the field itself.
     """
     found = get(name)
     if found is None:
         shown = hex(name) if isinstance(name, int) else name
-        raise UnknownName("VMCS field", shown, near_names(name, names()) if isinstance(name, str) else near_encodings(name))
+        raise UnknownName("VMCS field", shown, _near(name.strip()) if isinstance(name, str) else near_encodings(name))
     return found
 
 
@@ -113,8 +113,8 @@ def get(name: Union[str, int]) -> Optional[VmcsField]:
         if canonical is not None:
             return canonical
         text = name.strip()
-        if re.fullmatch(r"0[xX][0-9a-fA-F]+", text):
-            return get(int(text, 16))
+        if re.fullmatch(r"0[xX][0-9a-fA-F]+|[1-9][0-9]*|0", text):
+            return get(int(text, 0))
         return _by_name().get(name_key(text))
     found = fields().get(name)
     if found is None and name & 1:
@@ -123,6 +123,14 @@ def get(name: Union[str, int]) -> Optional[VmcsField]:
         if found is not None and found.width != "64":
             return None
     return found
+
+
+def _near(name: str) -> Tuple[str, ...]:
+    """For a number without its 0x the field that it would name with it."""
+    if re.fullmatch(r"[0-9a-fA-F]{1,4}", name):
+        meant = get(int(name, 16))
+        return (f"{meant.encoding:#x} ({meant.name})",) if meant is not None else ()
+    return near_encodings(int(name, 16)) if re.fullmatch(r"0[xX][0-9a-fA-F]+", name) else near_names(name, names())
 
 
 def near_encodings(encoding: int) -> Tuple[str, ...]:
