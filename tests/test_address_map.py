@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List
+import re
+from typing import Dict, List, Set
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,21 @@ from hypothesis import strategies as st
 from support.tables import G1, K4, M2, TableBuilder
 from support.work import processor_time
 
-from vtdbg.address_map import ANY_FRAME, BROKEN, EXACT, EXECUTE_ONLY, NO_EXECUTE, UNREADABLE, AddressMap, Gap, Meaning, address_map, chart, marked
+from vtdbg.address_map import (
+    ANY_FRAME,
+    BROKEN,
+    EXACT,
+    EXECUTE_ONLY,
+    LETTERS,
+    NO_EXECUTE,
+    UNREADABLE,
+    AddressMap,
+    Gap,
+    Meaning,
+    address_map,
+    chart,
+    marked,
+)
 from vtdbg.commands.maps import map_blocks
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
@@ -38,6 +53,26 @@ def small_pages(frames: "List[tuple[int, int, int]]") -> TableBuilder:
 
 pages = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 1 << 20), st.sampled_from([1, 3, 5, 7, 4])), min_size=1, max_size=60,
                  unique_by=lambda item: item[0])
+
+
+@given(pages, st.sampled_from(sorted(LETTERS)))
+@settings(max_examples=20, deadline=None)
+def test_colours_say_what_the_letters_say_and_add_no_letter(frames: "List[tuple[int, int, int]]", by: str) -> None:
+    """Without colours nothing of them is left; with colours each letter of a kind has one style, whatever is beside it."""
+    report = Report("ept map")
+    report.blocks = list(map_blocks(picture_of(small_pages(frames)), by))
+    plain, coloured = render_text(report, 80), render_text(report, 80, colour=True)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == plain and "\x1b" not in plain
+    styles: Dict[str, Set[str]] = {}
+    for line in coloured.splitlines():
+        if not re.fullmatch("0x[0-9a-f]{12}  .{64}", re.sub(r"\x1b\[[0-9;]*m", "", line)):
+            continue
+        for style, letters in re.findall(r"(\x1b\[[0-9;]+m)?([^\x1b]+)(?:\x1b\[0m)?", line.split("  ", 1)[1]):
+            for letter in letters.strip():
+                styles.setdefault(letter.upper(), set()).add(style)
+    assert all(len(found) == 1 for found in styles.values()), styles
+    wanted = {"R": "\x1b[36m", "W": "\x1b[33m", "A": "", "X": "\x1b[32m", "E": "\x1b[35m", ".": "\x1b[2m"} if by == "perm" else {"B": "\x1b[32m"}
+    assert all(styles.get(letter, {style}) == {style} for letter, style in wanted.items()), styles
 
 
 @given(pages)

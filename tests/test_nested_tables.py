@@ -3,9 +3,10 @@ what a kernel said of its own, and on hostile ones."""
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -123,7 +124,7 @@ def identity(hooked: Optional[Dict[int, Tuple[int, int]]] = None, split: Tuple[i
 
 
 def found_in(builder: TableBuilder) -> Dict[int, Tuple[str, ...]]:
-    return {hook.start: hook.signs for hook in hooks(view(builder.memory(), Ept(builder.root | 0x1E)).rows)}
+    return {hook.start: hook.signs for hook in view(builder.memory(), Ept(builder.root | 0x1E)).hooks}
 
 
 def test_hooks_in_one_table_are_named_by_what_they_do() -> None:
@@ -134,8 +135,71 @@ def test_hooks_in_one_table_are_named_by_what_they_do() -> None:
     assert found_in(identity({at: (0x7000000, 4)})) == {at: ("execute-only", "other-frame", "other-rights")}
     assert found_in(identity({at: (at, 3)})) == {at: ("no-execute", "other-rights")}
     assert found_in(identity({at: (0x7000000, 7)})) == {at: ("other-frame",)}
-    [hook] = hooks(view(identity({at: (0x7000000, 7)}).memory(), Ept(0x1001E)).rows)
+    [hook] = view(identity({at: (0x7000000, 7)}).memory(), Ept(0x1001E)).hooks
     assert (hook.target, hook.expected, hook.moved, hook.usual) == (0x7000000, at, True, "rwx")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from((0, 1, 510, 511)), st.sampled_from((0, 1, 7, 511)), st.sampled_from((0, 1 << 30, K4)),
+                          st.sampled_from((1, 3, 4, 5, 7))), max_size=12), st.sets(st.integers(0, 5)))
+def test_what_stands_out_does_not_depend_on_how_much_is_judged_at_a_time(odd: List[Tuple[int, int, int, int, int]], large: Set[int]) -> None:
+    """Six GiB mapped to themselves: by pages of 1 GiB (`large`), or of 2 MiB of which some are taken apart, with odd pages at the borders."""
+    builder, taken = TableBuilder(base=1 << 40), {(gib, mib) for gib, mib, _, _, _ in odd}
+    pages = {(gib, mib, page): (shift, rights) for gib, mib, page, shift, rights in odd}
+    for gib in range(6):
+        if gib in large and not any(at == gib for at, _ in taken):
+            builder.map(gib << 30, gib << 30, 1 << 30, 0xB7, 7)
+            continue
+        for mib in range(512):
+            start = (gib << 30) + mib * M2
+            if (gib, mib) not in taken:
+                builder.map(start, start, M2, 0xB7, 7)
+                continue
+            for page in range(512):
+                shift, rights = pages.get((gib, mib, page), (0, 7))
+                builder.map(start + page * K4, start + page * K4 + shift, K4, 0x30 | rights, 7)
+    rows = list(Enumeration(builder.memory(), Ept(builder.root | 0x1E)))
+    whole = list(hooks(rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vtdbg.nested.hooks._CHUNK", 1)
+        assert list(hooks(rows)) == whole
+    assert [hook.start for hook in whole] == sorted(hook.start for hook in whole)
+    # A page that goes elsewhere than everything around it is one, wherever it lies (the first and the last page of all have half the surroundings).
+    for (gib, mib, page), (shift, _) in pages.items():
+        start = (gib << 30) + mib * M2 + page * K4
+        if shift == 1 << 30 and len(taken) == len(odd) and 0 < start < (6 << 30) - M2:
+            assert any("other-frame" in hook.signs for hook in whole if hook.start <= start < hook.start + hook.length)
+
+
+@CASES
+@FEW
+@given(data=st.data())
+def test_lint_says_the_same_whether_ranges_are_kept_or_enumerated_again(case: Any, data: st.DataObject) -> None:
+    builder = data.draw(tables(case))
+    structure, memory = case[2](builder.root), builder.memory()
+    inputs = Inputs(ram=[(0, 1 << 32)], ram_source="test", host_ram=[(0, 1 << 30)], control_pages=[ControlPage(0x1000, 0x1000, "x")], ve=True)
+    whole = lint(memory, structure, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vtdbg.nested.lint.KEPT", 1)
+        assert lint(memory, structure, inputs) == whole
+
+
+def test_what_was_not_compared_is_said_with_where_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pages go to one frame, one of them behind the ranges that are compared: not passed, and the part that is named shows what is there."""
+    builder = TableBuilder()
+    for index in range(8):
+        builder.map(2 * index * K4, (0x100 + 2 * index) * K4, K4, 0x37, 7)
+    for index in (9, 10):
+        builder.map(2 * index * K4, 0x7000000, K4, 0x37, 7)
+    ept, memory = Ept(builder.root | 0x1E), builder.memory()
+    assert [remark.verdict for remark in lint(memory, ept) if remark.id == "alias"] == ["note"]
+    monkeypatch.setattr("vtdbg.nested.lint.ALIASED", 8)
+    [open_one] = [remark for remark in lint(memory, ept) if remark.id == "alias"]
+    assert open_one.verdict == "undecided" and "0x12000" in open_one.missing[0]
+    found = re.search("--gpa (0x[0-9a-f]+)-(0x[0-9a-f]+)", open_one.missing[0])
+    assert found
+    [seen] = [remark for remark in lint(memory, ept, Inputs(), int(found.group(1), 16), int(found.group(2), 16)) if remark.id == "alias"]
+    assert (seen.verdict, seen.start) == ("note", 20 * K4)
 
 
 def test_views_that_disagree_about_a_page() -> None:
@@ -307,14 +371,14 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_tables_end_and_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A root that contains itself, all ones, entries everywhere: every question ends within its bounds."""
-    for module in ("hooks", "lint"):
-        monkeypatch.setattr(f"vtdbg.nested.{module}.ROWS", 3000)
+    for name_of_limit in ("hooks.KEPT", "lint.KEPT", "lint.ALIASED", "hooks._CHUNK"):
+        monkeypatch.setattr(f"vtdbg.nested.{name_of_limit}", 3000)
     monkeypatch.setattr("vtdbg.nested.find.WORK", 20_000)
     monkeypatch.setattr(diffs, "WORK", 5_000)
     monkeypatch.setattr("vtdbg.nested.lint._LEAVES", 2000)
     memory, ept = vtdbg.memory_from_segments([(0x5000, HOSTILE[name])]), Ept(0x501E)
     seen = view(memory, ept)
-    hooks(seen.rows)
+    assert len(seen.hooks) + seen.more == len(list(hooks(Enumeration(memory, ept))))
     found, remarks = find(memory, ept, 0x7FFF0000), lint(memory, ept)
     assert not list(diff(memory, ept, memory, ept))
     assert all("\n" not in remark.message for remark in remarks)

@@ -526,7 +526,7 @@ def on_terminal(path: Path, *words: str, until: bytes = b"", keys: bytes = b"") 
     return os.waitstatus_to_exitcode(status), seen.decode()
 
 
-SLOW = ("dump --limit 3", "map", "diff --other-eptp 0x601e --limit 3")
+SLOW = ("dump --limit 3", "map", "diff --other-eptp 0x601e --limit 3", "find 0x7fff0000", "hooks --limit 3 --no-code", "lint")
 
 
 @pytest.mark.parametrize("verb", SLOW)
@@ -546,25 +546,97 @@ PRESSED = """
 import os, signal
 begin = progress.Watched.__init__
 
-def watched(self, items, *rest):
+def watched(self, items, *rest, **more):
     def pressed():
         for number, item in enumerate(items):
             if number == 5000:
                 os.kill(os.getpid(), signal.SIGINT)
             yield item
-    begin(self, pressed(), *rest)
+    begin(self, pressed(), *rest, **more)
 
 progress.Watched.__init__ = watched
 """
 
 
-def test_a_pipe_gets_no_progress_and_ctrl_c_works_there_too(tmp_path: Path) -> None:
-    path = hostile_image(tmp_path / "x.raw", "self")
-    program = AT_ONCE.replace("sys.exit(", f"exec({PRESSED!r}); sys.exit(")
-    done = subprocess.run([sys.executable, "-c", program, "ept", "dump", "--eptp", "0x501e", "-s", str(path), "--format", "raw", "--limit", "3"],
-                          capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.stderr == "" and "\x1b" not in done.stdout and done.returncode == 1
-    assert "partial" in done.stdout and "interrupted at 0x" in done.stdout
+def pressed(path: Path, *words: str, at: int = 5000) -> str:
+    """What a command in a pipe writes that gets a SIGINT when item number `at` of something is taken."""
+    program = AT_ONCE.replace("sys.exit(", f"exec({PRESSED.replace('5000', str(at))!r}); sys.exit(")
+    done = subprocess.run([sys.executable, "-c", program, *words, "-s", str(path), "--format", "raw"], capture_output=True, text=True, check=False,
+                          timeout=PATIENCE)
+    assert done.stderr == "" and "\x1b" not in done.stdout and done.returncode == 1, (done.stderr, done.stdout)
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("verb", SLOW)
+def test_a_pipe_gets_no_progress_and_ctrl_c_works_there_too(verb: str, tmp_path: Path) -> None:
+    path = hostile_image(tmp_path / "x.raw", "self" if verb != SLOW[2] else "large")
+    shown = pressed(path, "ept", *verb.split(), "--eptp", "0x501e")
+    assert "partial" in shown and "interrupted at 0x" in shown
+
+
+def test_one_ctrl_c_ends_it_for_all_tables_and_says_which_were_not_looked_at(values: Dict[int, int], tmp_path: Path) -> None:
+    """Eight processors have eight EPTs: nobody presses Ctrl-C eight times, or takes what was skipped for what has no finding."""
+    blocks = [(0x100000 + K4 * number, vmcs_page(values, EPT_POINTER=root | 0x1E)) for number, root in enumerate((0x5000, 0x6000))]
+    path = image(tmp_path / "x.raw", (0x5000, HOSTILE["self"]), (0x6000, struct.pack("<512Q", *[0x6007] * 512)), *blocks)
+    for verb in ("dump --limit 3", "map", "find 0x7fff0000", "hooks --no-code", "lint"):
+        shown = pressed(path, "ept", *verb.split())
+        assert shown.count("partial") == 1 and "not looked at: all through EPTP 0x601e (VMCS at 0x101000" in shown, verb
+
+
+def test_ctrl_c_between_two_checks_leaves_those_that_were_made(mixed: Path) -> None:
+    """Item ten of something is a check (the tables have less than ten ranges): those before it stand, the others are undecided, not passed."""
+    shown = pressed(mixed, "ept", "lint", "--eptp", EPTP_AD, at=10)
+    made = rows("remarks", "ept", "lint", "--eptp", EPTP_AD, "--all", "-s", str(mixed), "--format", "raw")
+    assert made and "not made: interrupted" in shown and "suppress-#VE bits: not made" in shown and "partial" in shown
+    assert "the pointer to the tables" in shown[shown.index("looked for, and not found"):]
+
+
+# ---- entries that fault on purpose -----------------------------------------------------------------------------------------------------------
+
+def kvm_mmio(gpa: int, generation: int) -> int:
+    """As make_mmio_spte of Linux 6.1 (arch/x86/kvm/mmu/spte.c) writes it for EPT on a processor without the L1TF bug: the page, W and X without R,
+    bits 7:0 of the generation in 10:3, bits 18:8 in 62:52."""
+    return gpa & -K4 | 0b110 | (generation & 0xFF) << 3 | (generation >> 8) << 52
+
+
+def test_a_mistake_among_mmio_pages_is_found_and_they_are_not_mistakes(tmp_path: Path) -> None:
+    """A framebuffer of KVM is many such entries side by side; one that is only writable breaks the same rule and is a mistake."""
+    builder, wrong, wrong_at = TableBuilder(base=0x10000), 5, 0
+    for index in range(16):
+        gpa = 0xFD000000 + index * K4
+        at, _ = builder.entry_address(gpa, 1, 7)
+        builder.set(at, kvm_mmio(gpa, 0x1234) if index != wrong else 0x400000 | 0b110)
+        wrong_at = at if index == wrong else wrong_at
+    path = image(tmp_path / "x.raw", *pages_of(builder))
+    words = ("-s", str(path), "--format", "raw", "--eptp", "0x1001e")
+    assert [(row["start"], row["path"][-1]) for row in rows("problems", "ept", "dump", *words)] == [(hex(0xFD005000), hex(wrong_at))]
+    assert [(row["start"], row["length"]) for row in rows("meant", "ept", "dump", *words)] == [(hex(0xFD000000), 5 * K4), (hex(0xFD006000), 10 * K4)]
+    remarks = rows("remarks", "ept", "lint", *words)
+    assert [(row["verdict"], row["start"]) for row in remarks] == [("fail", hex(0xFD005000)), ("note", hex(0xFD000000)), ("note", hex(0xFD006000))]
+    assert "generation 4660" in remarks[1]["message"]
+    shown = text("ept", "hooks", *words, status=0)
+    assert "1 problem in these tables" in shown and "15 pages that KVM makes fault on purpose" in shown
+    drawn = text("ept", "map", *words, status=1)
+    assert "~~~~~!~~~~~~~~~~......" in drawn and "~ KVM's MMIO" in drawn
+    builder.set(wrong_at, kvm_mmio(0xFD005000, 0x1234))
+    image(path, *pages_of(builder))
+    for verb in ("dump", "lint", "hooks", "map"):
+        shown = text("ept", verb, *words, status=0)
+        assert "0xfd00f000" in shown or "0xfd00ffff" in shown or verb in ("hooks", "map")
+        assert "problem in these" not in shown and "fail " not in shown and " ! " not in shown, verb
+
+
+def test_mmio_of_a_host_with_memory_encryption(tmp_path: Path) -> None:
+    """There KVM marks with all reserved address bits (svm_adjust_mmio_mask): bits 51:43 on a processor that encrypts with bit 47."""
+    builder = TableBuilder(base=0x10000)
+    for gpa in (0xFED00000, 0xFEE00000):
+        at, _ = builder.entry_address(gpa, 1, 7)
+        builder.set(at, gpa | 1 | (1 << 52) - (1 << 43) | 6 << 3)
+    at, _ = builder.entry_address(0x1000, 1, 7)
+    builder.set(at, 0x2000 | 1 | (1 << 52) - (1 << 43) | 6 << 3)
+    path = image(tmp_path / "x.raw", *pages_of(builder))
+    remarks = rows("remarks", "npt", "lint", "-s", str(path), "--format", "raw", "--ncr3", "0x10000")
+    assert [(row["verdict"], row["start"]) for row in remarks] == [("fail", "0x1000"), ("note", "0xfed00000"), ("note", "0xfee00000")]
 
 
 # ---- the same in Python ----------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,15 @@ first neighbours of equal meaning that go to scattered frames, then everything i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from functools import partial
+from itertools import groupby
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from vtdbg.enumeration import Enumeration, Range
+from vtdbg.enumeration import Enumeration, Problem, Range
 from vtdbg.errors import UsageError
+from vtdbg.memory.base import PhysicalMemory
+from vtdbg.nested.meant import Told, told_apart
+from vtdbg.walk import Structure
 
 PAGE = 4096
 PIECES = 4096
@@ -22,8 +27,18 @@ COLUMNS, ROWS = 64, 24
 EXACT, ANY_FRAME = 0, 1
 """Grains of a map: every range by itself; ranges of equal meaning together, whatever frames they go to.  A larger grain is a block in bytes."""
 
+MMIO = "MMIO"
+"""In place of "misconfiguration", for entries that KVM makes fault on purpose."""
 DRAWN_PROBLEMS = ("misconfiguration", "unreadable")
 """Problems that are a part of the address space; loops and limits are not a place."""
+
+
+Tell = Callable[[Iterable[Problem]], Iterable[Told]]
+
+
+def untold(problems: Iterable[Problem]) -> Iterable[Told]:
+    """Nobody knows of any problem that it is meant so."""
+    return (Told(problem, "") for problem in problems)
 
 
 class Meaning(NamedTuple):
@@ -52,16 +67,23 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class AddressMap:
-    """`grain`: EXACT, ANY_FRAME or the block size that pieces were taken together in; `ranges` how many there were; `found` has the problems."""
+    """`grain`: EXACT, ANY_FRAME or the block size that pieces were taken together in; `ranges` how many there were; `told` are the problems."""
 
     pieces: Tuple[Piece, ...]
     grain: int
     ranges: int
     found: Enumeration
+    told: Tuple[Told, ...] = ()
 
 
-def address_map(found: Enumeration, limit: int = PIECES, rows: Optional[Iterable[Range]] = None) -> AddressMap:
-    """Everything that `found` enumerates, in at most `limit` pieces (64 or more).  `rows` is `found` itself, or what watches it."""
+def picture(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1) -> AddressMap:
+    """What an `Ept`, `Npt` or `Paging` maps from `first` to `last` (inclusive)."""
+    return address_map(Enumeration(memory, structure, first, last, limit=WORK_LIMIT), tell=partial(told_apart, memory, structure))
+
+
+def address_map(found: Enumeration, limit: int = PIECES, rows: Optional[Iterable[Range]] = None, tell: Tell = untold) -> AddressMap:
+    """Everything that `found` enumerates, in at most `limit` pieces (64 or more).  `rows` is `found` itself, or what watches it; `tell` says
+    which of the problems are meant so (`vtdbg.nested.meant`)."""
     if limit < 64:
         raise UsageError(f"a map of {limit} pieces is no picture: at least 64")
     known: Dict[Tuple[int, int, int], Tuple[Meaning]] = {}
@@ -90,14 +112,15 @@ def address_map(found: Enumeration, limit: int = PIECES, rows: Optional[Iterable
         first, end, mapped, meanings, target, ranges = start, start + length, length, single, goes_to, 1
     if ranges:
         pieces.append(Piece(first, end, mapped, meanings, target, ranges))
-    for problem in found.problems:
+    told = tuple(tell(found.problems))
+    for problem, meant in told:
         if problem.kind in DRAWN_PROBLEMS and problem.length:
-            meaning = Meaning("", "", 0, (), problem.kind)
+            meaning = Meaning("", "", 0, (), MMIO if meant else problem.kind)
             pieces.append(Piece(problem.start, problem.start + problem.length, 0, (meaning,), None, 0))
     pieces.sort(key=lambda piece: piece.start)
     if grain or len(pieces) > limit:
         pieces, grain = coarsened(pieces, grain, limit)
-    return AddressMap(tuple(pieces), grain, count, found)
+    return AddressMap(tuple(pieces), grain, count, found, told)
 
 
 _NONE: Tuple[Meaning, ...] = ()
@@ -147,9 +170,10 @@ def _continues(one: Piece, two: Piece) -> bool:
 
 # ---- rows of letters ------------------------------------------------------------------------------------------------------------------
 
-NOTHING, SEVERAL, BROKEN, UNREADABLE = ".", "*", "!", "?"
+NOTHING, SEVERAL, BROKEN, UNREADABLE, ON_PURPOSE = ".", "*", "!", "?", "~"
 SPECIAL: Mapping[str, str] = {
     NOTHING: "nothing is mapped", SEVERAL: "several of these", BROKEN: "a misconfiguration in it", UNREADABLE: "a table that cannot be read",
+    ON_PURPOSE: "KVM's MMIO: every access faults on purpose",
 }
 
 # Letters that always mean the same, so that one learns them; others are handed out as they come.
@@ -159,6 +183,14 @@ LETTERS: Mapping[str, Mapping[str, str]] = {
     "type": {"WB": "B", "UC": "U", "WC": "C", "WT": "T", "WP": "P"},
     "size": {"4 KiB": "K", "2 MiB": "M", "4 MiB": "F", "1 GiB": "G"},
 }
+STYLES: Mapping[str, Mapping[str, str]] = {
+    "perm": {"r-x": "good", "r-xu": "good", "rw-": "warn", "rw-u": "warn", "r--": "cyan", "r--u": "cyan", "--x": "magenta", "--xu": "magenta",
+             "---": "dim", "----": "dim"},
+    "type": {"WB": "good", "UC": "warn", "WC": "cyan", "WT": "magenta", "WP": "blue"},
+    "size": {"4 KiB": "warn", "2 MiB": "good", "4 MiB": "good", "1 GiB": "cyan"},
+}
+"""Styles of letters on a terminal that has colours; what is usual (rwx) is plain.  The letters say it all without."""
+MARK_STYLES: Mapping[str, str] = {NOTHING: "dim", SEVERAL: "strong", BROKEN: "bad", UNREADABLE: "bad", ON_PURPOSE: "blue"}
 _SPARE = "DHIJLOQSVYZABCEFGKMNPRTUWX"
 
 
@@ -205,6 +237,19 @@ class Chart:
     cell: int
     letters: Mapping[str, str]
     special: Tuple[str, ...]
+    by: str = "perm"
+
+    def style_of(self, letter: str) -> str:
+        """The style of a letter or mark, where there are colours."""
+        if letter in MARK_STYLES:
+            return MARK_STYLES[letter]
+        meant = next((value for value, one in self.letters.items() if one == letter.upper()), "")
+        return STYLES[self.by].get(meant, "")
+
+    def spans(self, cells: str) -> Tuple[Tuple[int, str], ...]:
+        """(letters, style) of a row, neighbours of one style as one."""
+        styles = {letter: self.style_of(letter) for letter in set(cells)}
+        return tuple((len(list(same)), style) for style, same in groupby(styles[letter] for letter in cells))
 
 
 def cell_size(pieces: Sequence[Piece], columns: int = COLUMNS, rows: int = ROWS) -> int:
@@ -243,7 +288,7 @@ def chart(pieces: Sequence[Piece], by: str = "perm", columns: int = COLUMNS, row
             lines.append(Gap(previous, start))
         lines.append(Row(start, cells))
         marks |= set(cells)
-    return Chart(tuple(lines), size, letters, tuple(mark for mark in SPECIAL if mark in marks))
+    return Chart(tuple(lines), size, letters, tuple(mark for mark in SPECIAL if mark in marks), by)
 
 
 def _by_row(pieces: Sequence[Piece], span: int) -> Iterator[Tuple[int, List[Piece]]]:
@@ -278,8 +323,10 @@ def _letter(pieces: Sequence[Piece], start: int, end: int, letters: Mapping[str,
                 problems.add(meaning.problem)
             else:
                 values.add(value_of(meaning, by))
-    if problems:
+    if problems - {MMIO}:
         return BROKEN if "misconfiguration" in problems else UNREADABLE
+    if problems:
+        return SEVERAL if values else ON_PURPOSE
     if not values:
         return NOTHING
     if len(values) > 1:

@@ -21,6 +21,8 @@ MARKERS: Mapping[str, Tuple[int, int]] = {"ept": (EPT_MARKER, EPT_MARKER_MASK), 
 """What KVM's MMIO entries have in common, and in which bits."""
 _PAGE = 4095
 _L1TF_BITS = 5
+_LEAST_WIDTH = 40
+"""No processor with memory encryption has narrower physical addresses (those that exist have 43 or more)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,29 @@ def software_words(step: "Step", gpa: int, kind: str) -> str:
 
 def describe_mmio(entry: int, gpa: int, kind: str) -> str:
     """One phrase for a reason; empty where the entry ("ept" or "npt") is not KVM's MMIO entry for `gpa`."""
-    found = mmio_entry(entry, gpa, *MARKERS[kind])
+    found = mmio_of(entry, gpa, kind)
     if found is None:
         return ""
+    return f"software bits as in KVM's MMIO entry: page {gpa & ~_PAGE:#x} (the page walked), {about_mmio(found)}"
+
+
+def mmio_of(entry: int, gpa: int, kind: str) -> Optional[MmioEntry]:
+    """KVM's MMIO entry of "ept" or "npt" for `gpa`'s page, or None."""
+    marker, mask = MARKERS[kind]
+    if entry & mask != marker:
+        return None
+    found = mmio_entry(entry, gpa, marker, mask)
+    low = 51
+    while found is None and kind == "npt" and low > _LEAST_WIDTH and entry >> low - 1 & 1:
+        # A host with memory encryption marks with all reserved address bits, from its physical-address width on, or, where that bit is the
+        # C-bit, from the next one on (Linux 6.1, arch/x86/kvm/svm/svm.c, svm_adjust_mmio_mask).
+        low -= 1
+        wide = (1 << 52) - (1 << low) | 1
+        found = mmio_entry(entry, gpa, wide, wide)
+    return found
+
+
+def about_mmio(found: MmioEntry) -> str:
+    """What the entry says besides the page."""
     more = f", address bits {found.l1tf_low + _L1TF_BITS - 1}:{found.l1tf_low} set against L1TF" if found.l1tf_low is not None else ""
-    return f"software bits as in KVM's MMIO entry: page {gpa & ~_PAGE:#x} (the page walked), memory-slot generation {found.generation}{more}"
+    return f"memory-slot generation {found.generation}{more}"

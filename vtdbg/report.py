@@ -16,12 +16,17 @@ FINE, FINDINGS, BAD_INPUT = 0, 1, 2
 
 
 class Value(NamedTuple):
-    """One cell.  `style`: '' | 'dim' | 'good' | 'bad' | 'warn' | 'strong'.  `link` is a vtdbg command line ("ept walk 0x1000")."""
+    """One cell.  `style`: '' | 'dim' | 'good' | 'bad' | 'warn' | 'strong'.  `link` is a vtdbg command line ("ept walk 0x1000").
+
+    `spans` (letters, style) make a picture of the text where there are colours; they may also be 'cyan', 'magenta' and 'blue', and say nothing that
+    the text does not.
+    """
 
     data: Any
     text: str
     style: str = ""
     link: str = ""
+    spans: Tuple[Tuple[int, str], ...] = ()
 
 
 Cell = Union[Value, str, int, bool, None]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import List, Optional, Sequence
 
 from vtdbg.address_map import ANY_FRAME, EXACT, LETTERS, SPECIAL, WORK_LIMIT, AddressMap, Gap, address_map, chart, marked
 from vtdbg.commands.ept import EPTP, VMCS
 from vtdbg.commands.nested import RANGE, Root, ept_roots, nested_report, npt_roots, python_tables, title_of
-from vtdbg.commands.nested_dump import interrupted
+from vtdbg.commands.nested_dump import interrupted, not_looked_at, problem_tables
 from vtdbg.commands.npt import NCR3, VMCB
-from vtdbg.commands.progress import Watched
+from vtdbg.commands.progress import Watched, range_words
 from vtdbg.commands.registry import Opt, verb
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
+from vtdbg.nested.meant import told_apart
 from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Block, Cell, Group, Lines, Report, Table, Value, hexa
 
@@ -45,18 +47,21 @@ def map_report(command: str, session: Session, roots: Sequence[Root], gpa: Optio
     first, end = parse_range(gpa) if gpa else (0, 1 << 64)
     kind = command.split()[0]
     report = nested_report(command, session, roots)
-    report.python += ["from vtdbg.address_map import address_map, chart", "from vtdbg.enumeration import ranges"]
-    for root in roots:
+    report.python.append("from vtdbg.address_map import chart, picture")
+    for number, root in enumerate(roots):
         found = Enumeration(session.machine.memory, root.tables, first, end - 1, limit=WORK_LIMIT)
-        every = Watched(found, session, lambda count, row: f"{count} ranges, at {row.start:#x}")
-        picture = address_map(found, rows=every)
+        every = Watched(found, session, range_words)
+        picture = address_map(found, rows=every, tell=partial(told_apart, session.machine.memory, root.tables))
         words = "address space" if not gpa else f"GPA {first:#x} to {end - 1:#x}"
         cut = [interrupted(every.next.start if every.next is not None else None)] if every.interrupted else []
         report.add(Group("maps", title_of(root, words), [*map_blocks(picture, by, rows), *cut], {"root": f"{root.tables.root:#x}"}))
-        if found.problems or cut:
+        if cut or any(not told.meant for told in picture.told):
             report.status = FINDINGS
-        made = f"ranges(machine.memory, {python_tables(kind, root)}, {first:#x}, {end - 1:#x})"
-        report.python.append(f"print(chart(address_map({made}).pieces, {by!r}, rows={rows}))")
+        made = f"picture(machine.memory, {python_tables(kind, root)}, {first:#x}, {end - 1:#x})"
+        report.python.append(f"print(chart({made}.pieces, {by!r}, rows={rows}))")
+        if cut:
+            report.blocks += not_looked_at(roots[number + 1:])
+            break
     return report
 
 
@@ -72,12 +77,12 @@ def map_blocks(picture: AddressMap, by: str = "perm", rows: int = 24) -> List[Bl
         if isinstance(line, Gap):
             table.add(Value(f"{line.start:#x}", "..."), Value("", f"nothing mapped for {about(line.end - line.start)}", "dim"))
         else:
-            table.add(hexa(line.start, 12), line.cells)
+            table.add(hexa(line.start, 12), Value(line.cells, line.cells, spans=drawn.spans(line.cells)))
     legend = Table("legend", (("letter", "letter"), ("meaning", "meaning")), headings=False)
     for value, letter in drawn.letters.items():
-        legend.add(letter, f"{TITLES[by]} {value}")
+        legend.add(Value(letter, letter, spans=drawn.spans(letter)), f"{TITLES[by]} {value}")
     for mark in drawn.special:
-        legend.add(mark, SPECIAL[mark])
+        legend.add(Value(mark, mark, spans=drawn.spans(mark)), SPECIAL[mark])
     if any(letter.islower() for line in drawn.lines if not isinstance(line, Gap) for letter in line.cells):
         legend.add("a-z", "small letter: mapped in part")
     return [Lines("scale", [scale]), table, legend, *aggregation(picture), *marks(picture), *problems(picture)]
@@ -126,12 +131,8 @@ def marks(picture: AddressMap) -> List[Block]:
 
 
 def problems(picture: AddressMap) -> List[Block]:
-    """The first problems by place; `dump` has all of them with the path."""
-    found = picture.found
-    if not found.problems:
-        return []
-    table = Table("problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what")), title="Problems", wrap="text")
-    for problem in found.problems[:SHOWN_MARKS]:
-        table.add(Value(problem.kind, problem.kind, "bad"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)), problem.text)
-    more = found.problem_count - len(table.rows)
-    return [table, *([Lines("more_problems", [Value(more, f"... and {more} more: `dump` lists them", "dim")])] if more > 0 else [])]
+    """The first problems by place, and what is meant so; `dump` has all of them with the path."""
+    wrong, meant = [told for told in picture.told if not told.meant], [told for told in picture.told if told.meant]
+    more = picture.found.problem_count - len(picture.found.problems)
+    blocks = problem_tables(wrong, meant, SHOWN_MARKS)
+    return [*blocks, *([Lines("uncounted", [Value(more, f"... and {more} more that were not kept", "dim")])] if more > 0 else [])]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 from vtdbg.commands.nested import LIMIT, RANGE, ROOT_OPTION, Root, nested_report, python_tables, title_of
-from vtdbg.commands.progress import Watched
+from vtdbg.commands.progress import Watched, range_words
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import UsageError
 from vtdbg.memory_map import whole_pages
 from vtdbg.nested.filter import EVERYTHING, Totals, Wanted, counted, matching, parse_wanted
+from vtdbg.nested.meant import Told, faults
 from vtdbg.numbers import parse_range, size_text
-from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hex_or_none, hexa
+from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hex_or_none, hexa
 
 DUMP_OPTIONS = (
     RANGE,
@@ -42,7 +43,7 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
     report.python.append("from vtdbg.enumeration import ranges")
     known = session.machine.memory.ranges()
     existing = whole_pages([(start, start + length) for start, length in known]) if known is not None else None
-    for root in roots:
+    for number, root in enumerate(roots):
         wanted = parse_wanted(root.tables.tables, perm, hpa, type, size, flag or ())
         what = _what(gpa, first, end, wanted)
         group = Group("tables", title_of(root, what), [], {"root": f"{root.tables.root:#x}"})
@@ -53,7 +54,7 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
             continue
         found, totals = Enumeration(session.machine.memory, root.tables, first, end - 1, apart=wanted.apart), Totals(existing)
         # Watched first: a filter that little passes works long without a row.
-        every = Watched(found, session, lambda count, row: f"{count} ranges, at {row.start:#x}")
+        every = Watched(found, session, range_words)
         rows = matching(counted(every, wanted, totals), EVERYTHING, ignore_page_size)
         table, more, counting = range_table(rows, limit, f"{kind} walk {{:#x}} {ROOT_OPTION[kind]} {root.python}", totals)
         group.add(table)
@@ -66,12 +67,16 @@ def dump_report(command: str, session: Session, roots: Sequence[Root], *, gpa: O
         group.add(Lines("summary", [_summary(found, totals, wanted != EVERYTHING, counting)]))
         if totals.outside_first is not None:
             group.add(_outside(totals.outside, totals.outside_first))
-        if found.problems:
-            group.add(_problem_table(found))
+        wrong, meant = faults(session.machine.memory, root.tables, found.problems)
+        group.blocks += problem_tables(wrong, meant)
+        if wrong:
             report.status = FINDINGS
         filters = {"perm": perm, "hpa": hpa, "memory_type": type, "size": size, "flags": flag}
         chosen = "".join(f", {name}={value!r}" for name, value in filters.items() if value)
         report.python += _python(python_tables(kind, root), first, end - 1, chosen, ignore_page_size=ignore_page_size)
+        if every.interrupted:
+            report.blocks += not_looked_at(roots[number + 1:])
+            break
     return report
 
 
@@ -89,6 +94,20 @@ def interrupted(at: Optional[int]) -> Lines:
     """What has to be said of a table that Ctrl-C cut off before guest-physical `at`."""
     where = f" at {at:#x}" if at is not None else ""
     return Lines("interrupted", [Value(hex_or_none(at), f"interrupted{where}: what is shown and summed up here is partial", "warn")])
+
+
+def not_looked_at(roots: Sequence[Root]) -> List[Block]:
+    """What has to be said of the tables that Ctrl-C kept from being looked at."""
+    if not roots:
+        return []
+    return [Lines("left", [Value([root.title for root in roots], f"not looked at: {', '.join(title_of(root, 'all') for root in roots)}", "warn")])]
+
+
+def unseen(at: int, why: str, root: Root) -> str:
+    """What was not looked at, for what reason, and how to look there."""
+    end = (1 << root.tables.tables.address_bits) - 1
+    reason = f" ({why})" if why else ""
+    return f"not looked at: from {at:#x} on{reason}; `--gpa {at:#x}-{end:#x}` looks there"
 
 
 def _what(gpa: Optional[str], first: int, end: int, wanted: Wanted) -> str:
@@ -158,16 +177,24 @@ def _outside(size: int, first: Range) -> Lines:
     return Lines("outside", [Value({"bytes": size, "first": f"{first.start:#x}", "target": f"{first.target:#x}"}, words, "warn")])
 
 
-def _problem_table(found: Enumeration) -> Table:
-    table = Table(
-        "problems", (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title="Problems", wrap="text"
-    )
-    for problem in found.problems:
-        table.add(
-            Value(problem.kind, problem.kind, "bad"),
-            hexa(problem.start, 9),
-            Value(problem.length, size_text(problem.length)),
-            problem.text,
-            Value([f"{address:#x}" for address in problem.path], ""),
+def problem_tables(wrong: Sequence[Told], meant: Sequence[Told], limit: int = 1 << 32) -> List[Block]:
+    """What a walk stumbles over, with the path to it: mistakes, and entries that are made so on purpose; at most `limit` rows of each."""
+    blocks: List[Block] = []
+    for key, title, style, items in (("problems", "Problems", "bad", wrong), ("meant", "Entries that fault on purpose", "dim", meant)):
+        table = Table(
+            key, (("kind", "problem"), ("start", "at"), ("length", "size"), ("text", "what"), ("path", "")), title=title, wrap="text"
         )
-    return table
+        for told in items[:limit]:
+            problem = told.problem
+            table.add(
+                Value(problem.kind, "MMIO" if told.meant else problem.kind, style),
+                hexa(problem.start, 9),
+                Value(problem.length, size_text(problem.length)),
+                told.text,
+                Value([f"{address:#x}" for address in problem.path], ""),
+            )
+        if table.rows:
+            blocks.append(table)
+        if len(items) > limit:
+            blocks.append(Lines(f"more_{key}", [Value(len(items) - limit, f"... and {len(items) - limit} more: `dump` lists them", "dim")]))
+    return blocks

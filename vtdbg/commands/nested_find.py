@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Optional, Sequence
 
-from vtdbg.commands.nested import LIMIT, ROOT_OPTION, Root, nested_report, python_tables, title_of
+from vtdbg.commands.nested import LIMIT, RANGE, ROOT_OPTION, Root, nested_report, python_tables, title_of
+from vtdbg.commands.nested_dump import interrupted, not_looked_at, unseen
+from vtdbg.commands.progress import Watch, range_words
 from vtdbg.commands.registry import Arg, Opt
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError
 from vtdbg.nested.find import Found, find
-from vtdbg.numbers import parse_size, size_text
+from vtdbg.numbers import parse_range, parse_size, size_text
 from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
 
 HPA = Arg("hpa", "address", "host-physical address")
-FIND_OPTIONS = (Opt("--length", "text", "look for all of these bytes, not one: 4k, 0x100", metavar="SIZE"), LIMIT)
+FIND_OPTIONS = (Opt("--length", "text", "look for all of these bytes, not one: 4k, 0x100", metavar="SIZE"), RANGE, LIMIT)
 
 
-def find_report(command: str, session: Session, roots: Sequence[Root], hpa: int, *, length: str = "1", limit: int = 1000) -> Report:
+def find_report(command: str, session: Session, roots: Sequence[Root], hpa: int, *, length: str = "1", gpa: Optional[str] = None,
+                limit: int = 1000) -> Report:
     """Every guest-physical address that reaches the bytes, for each root; status 1 where nothing does."""
     size = parse_size(length or "1")
     if limit < 1 or size < 1 or hpa < 0 or hpa + size > 1 << 64:
@@ -26,18 +29,27 @@ def find_report(command: str, session: Session, roots: Sequence[Root], hpa: int,
     report.python.append("from vtdbg.nested.find import find")
     words = f"HPA {hpa:#x}" + (f" to {hpa + size - 1:#x}" if size > 1 else "")
     anything = False
-    for root in roots:
+    part = f", first={parse_range(gpa)[0]:#x}, last={parse_range(gpa)[1] - 1:#x}" if gpa else ""
+    first, end = parse_range(gpa) if gpa else (0, 1 << 64)
+    for number, root in enumerate(roots):
         if root.tables.root_problem:
             report.add(Group("tables", title_of(root, words), [Lines("problem", [Value(None, root.tables.root_problem, "bad")])], {}))
             report.status = FINDINGS
             continue
-        found = find(session.machine.memory, root.tables, hpa, size, limit)
+        watch = Watch(session, range_words)
+        found = find(session.machine.memory, root.tables, hpa, size, limit, first, end - 1, watch)
         anything = anything or bool(found.places)
-        report.add(_group(found, title_of(root, words), f"{kind} walk {{:#x}} {ROOT_OPTION[kind]} {root.python}", root))
+        group = _group(found, title_of(root, words), f"{kind} walk {{:#x}} {ROOT_OPTION[kind]} {root.python}", root)
+        report.add(group)
         report.python += [
-            f"for place in find(machine.memory, {python_tables(kind, root)}, {hpa:#x}, {size:#x}).places:",
+            f"for place in find(machine.memory, {python_tables(kind, root)}, {hpa:#x}, {size:#x}{part}).places:",
             "    print(hex(place.gpa), hex(place.hpa), hex(place.length), place.row.permissions)",
         ]
+        if watch.stopped:
+            group.add(interrupted(watch.next.start if watch.next is not None else None))
+            report.status = FINDINGS
+            report.blocks += not_looked_at(roots[number + 1:])
+            break
     if not anything:
         report.status = FINDINGS
     return report
@@ -60,6 +72,8 @@ def _group(found: Found, title: str, link: str, root: Root) -> Group:
         lines = [Value(f"{at:#x}", f"the table of level {level} at {at:#x} lies there: these very tables are stored in the frame", "warn")
                  for at, level in found.tables]
         group.add(Lines("inside", lines))
-    if found.problem:
+    if found.reached is not None:
+        group.add(Lines("problem", [Value(found.problem, unseen(found.reached, found.problem, root), "warn")]))
+    elif found.problem:
         group.add(Lines("problem", [Value(found.problem, f"not all of it was seen: {found.problem}", "warn")]))
     return group

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from itertools import islice
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg.commands.nested import RANGE, ROOT_OPTION, Root, nested_report, python_tables
 from vtdbg.commands.nested_diff import named
+from vtdbg.commands.nested_dump import interrupted, not_looked_at, unseen
+from vtdbg.commands.progress import Watch, range_words
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.session import Session
+from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import UsageError
 from vtdbg.memory.base import PhysicalMemory
-from vtdbg.nested.hooks import SIGNS, Hook, Patch, View, hooks, instructions, kinship, patches, read_pair, view, view_hooks
+from vtdbg.nested.diff import Segment
+from vtdbg.nested.hooks import HOOKS, SIGNS, Hook, Kinship, Patch, View, instructions, patches, read_pair, view, view_hooks
 from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hexa
 
@@ -27,7 +32,7 @@ _PATCHES = 4
 
 @dataclass(frozen=True)
 class Hooks:
-    """What stands out in the tables of `root`, by themselves or against those of `first`."""
+    """What stands out in the tables of `root`, by themselves or against those of `first`; `more` how many there are besides `found`."""
 
     root: Root
     title: str
@@ -35,35 +40,86 @@ class Hooks:
     first: Optional[Root] = None
     seen: Optional[View] = None
     """The tables as they were looked at; None where their pointer is not valid."""
+    more: int = 0
+    stopped: bool = False
+    """Ctrl-C ended it."""
+
+    @property
+    def all_kept(self) -> bool:
+        return self.seen is not None and self.seen.ranges == len(self.seen.rows)
 
 
-def all_hooks(memory: PhysicalMemory, roots: Sequence[Root], first: int = 0, last: int = (1 << 64) - 1) -> Tuple[List[Hooks], List[str]]:
-    """Each table by itself, then each further table of a guest against the first one of that guest; and which tables are of separate guests.
+@dataclass
+class AllHooks:
+    """What stands out, table by table; which tables are of separate guests; which were not looked at, because Ctrl-C came before."""
 
-    Tables that share most of their frames are views of one guest.
+    found: List[Hooks]
+    strangers: List[str]
+    left: List[Root]
+
+
+def all_hooks(memory: PhysicalMemory, roots: Sequence[Root], first: int = 0, last: int = (1 << 64) - 1, session: Optional[Session] = None) \
+        -> AllHooks:
+    """Each table by itself, then each further table of a guest against the first one of that guest.
+
+    Tables that share most of their frames are views of one guest.  With a `session` its front end shows how far it is, and Ctrl-C ends it.
     """
-    found: List[Hooks] = []
-    for root in roots:
+    result = AllHooks([], [], [])
+    for number, root in enumerate(roots):
         title = f"stands out in {named(root)}"
         if root.tables.root_problem:
-            found.append(Hooks(root, title, ()))
+            result.found.append(Hooks(root, title, ()))
             continue
-        seen = view(memory, root.tables, first, last)
-        found.append(Hooks(root, title, hooks(seen.rows), seen=seen))
-    guests: List[Tuple[Root, View]] = []
-    strangers: List[str] = []
-    for number, item in enumerate([item for item in found if item.seen is not None]):
-        assert item.seen is not None
-        for first_root, base in guests:
-            common, same = kinship(base.rows, item.seen.rows)
-            if common and 2 * same > common:
-                title = f"{named(item.root)} against {named(first_root)}: {size_text(same)} of {size_text(common)} go to the same frames"
-                found.append(Hooks(item.root, title, list(view_hooks(base.rows, item.seen.rows, number)), first_root))
+        watch = Watch(session, range_words)
+        seen = view(memory, root.tables, first, last, watch)
+        result.found.append(Hooks(root, title, seen.hooks, seen=seen, more=seen.more, stopped=watch.stopped))
+        if watch.stopped:
+            result.left = list(roots[number + 1:])
+            return result
+    _compare(memory, result, first, last, session)
+    return result
+
+
+def _compare(memory: PhysicalMemory, result: AllHooks, first: int, last: int, session: Optional[Session]) -> None:
+    """Adds what further tables of the same guest say."""
+    guests: List[Hooks] = []
+    for number, item in enumerate([item for item in result.found if item.seen is not None]):
+        for base in guests:
+            # The ranges that are kept say whether it is one guest; only then all of them are compared, where there are more.
+            views = _views(memory, base, item, number, None, session)
+            if views.kin.close and not views.stopped and not (base.all_kept and item.all_kept):
+                views = _views(memory, base, item, number, (first, last), session)
+            if views.kin.close or views.stopped:
+                same = f"{size_text(views.kin.same)} of {size_text(views.kin.common)} go to the same frames"
+                title = f"{named(item.root)} against {named(base.root)}: {same}"
+                result.found.append(Hooks(item.root, title, views.found, base.root, more=views.more, stopped=views.stopped))
+                if views.stopped:
+                    return
                 break
-            strangers.append(f"{item.root.title} and {first_root.title}")
+            result.strangers.append(f"{item.root.title} and {base.root.title}")
         else:
-            guests.append((item.root, item.seen))
-    return found, strangers
+            guests.append(item)
+
+
+class _Views(NamedTuple):
+    """What one table maps otherwise than another: the first HOOKS places, and how many more there are."""
+
+    found: List[Hook]
+    more: int
+    kin: Kinship
+    stopped: bool
+
+
+def _views(memory: PhysicalMemory, base: Hooks, item: Hooks, number: int, part: Optional[Tuple[int, int]], session: Optional[Session]) -> _Views:
+    """The pages that the tables of `item` map otherwise: out of the ranges that were kept, or of all ranges of a part."""
+    assert base.seen is not None and item.seen is not None
+    one: Iterable[Range] = base.seen.rows if part is None else Enumeration(memory, base.root.tables, *part)
+    two: Iterable[Range] = item.seen.rows if part is None else Enumeration(memory, item.root.tables, *part)
+    watch: Watch[Segment] = Watch(session, lambda count, pair: f"{count} ranges compared, at {pair[0]:#x}")
+    kin = Kinship()
+    every = view_hooks(one, two, number, lambda pairs: watch(kin.counted(pairs)))
+    found = list(islice(every, HOOKS))
+    return _Views(found, sum(1 for _ in every), kin, watch.stopped)
 
 
 def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes: Sequence[str] = (), gpa: Optional[str] = None, mode: str = "64",
@@ -75,18 +131,19 @@ def hooks_report(command: str, session: Session, roots: Sequence[Root], *, notes
     kind = command.split()[0]
     report = nested_report(command, session, roots)
     report.notes += notes
-    report.python += ["from vtdbg.nested.hooks import hooks, view"]
+    report.python += ["from vtdbg.nested.hooks import view"]
     part = f", {start:#x}, {end - 1:#x}" if gpa else ""
-    groups, strangers = all_hooks(session.machine.memory, roots, start, end - 1)
-    for item in groups:
+    everything = all_hooks(session.machine.memory, roots, start, end - 1, session)
+    for item in everything.found:
         report.add(hooks_group(item, session, kind, mode=int(mode), limit=limit, no_code=no_code))
-        if item.found or item.first is None and (item.seen is None or not item.seen.complete):
+        if item.found or item.stopped or item.first is None and (item.seen is None or not item.seen.complete):
             report.status = FINDINGS
         if item.seen is not None:
-            report.python.append(f"print(hooks(view(machine.memory, {python_tables(kind, item.root)}{part}).rows))")
-    if strangers:
-        words = f"not compared, because they share less than half of their frames (separate guests): {'; '.join(strangers)}"
-        report.add(Lines("strangers", [Value(strangers, words, "dim")]))
+            report.python.append(f"print(view(machine.memory, {python_tables(kind, item.root)}{part}).hooks)")
+    if everything.strangers:
+        words = f"not compared, because they share less than half of their frames (separate guests): {'; '.join(everything.strangers)}"
+        report.add(Lines("strangers", [Value(everything.strangers, words, "dim")]))
+    report.blocks += not_looked_at(everything.left)
     return report
 
 
@@ -95,22 +152,30 @@ def hooks_group(item: Hooks, session: Session, kind: str, *, mode: int, limit: i
     root, seen = item.root, item.seen
     if item.first is not None:
         group = Group("views", item.title, [], {"first": f"{item.first.tables.root:#x}", "second": f"{root.tables.root:#x}"})
-        group.blocks += _blocks(item.found, session, kind, root, mode, limit, no_code)
+        group.blocks += _blocks(item, session, kind, root, mode, limit, no_code)
+        if item.stopped:
+            group.add(interrupted(None))
         return group
     group = Group("tables", item.title, [], {"root": f"{root.tables.root:#x}"})
     if seen is None:
         group.add(Lines("problem", [Value(root.tables.root_problem, root.tables.root_problem, "bad")]))
         return group
-    group.blocks += _blocks(item.found, session, kind, root, mode, limit, no_code)
-    if not seen.complete:
-        group.add(Lines("problem", [Value(None, f"not all of it was seen: the first {len(seen.rows)} ranges; --gpa A-B looks at a part", "warn")]))
+    group.blocks += _blocks(item, session, kind, root, mode, limit, no_code)
+    if item.stopped:
+        group.add(interrupted(seen.reached))
+    elif not seen.complete:
+        group.add(Lines("problem", [Value(f"{seen.reached:#x}", unseen(seen.reached, seen.why, root), "warn")]))
     if seen.problems:
         words = f"{seen.problems} problem{'s' * (seen.problems != 1)} in these tables, which `{kind} dump` lists: no hook is looked for there"
         group.add(Lines("broken", [Value(seen.problems, words, "dim")]))
+    if seen.meant:
+        words = f"{seen.meant} page{'s' * (seen.meant != 1)} that KVM makes fault on purpose (MMIO), which `{kind} dump` lists: no hook"
+        group.add(Lines("mmio", [Value(seen.meant, words, "dim")]))
     return group
 
 
-def _blocks(found: Sequence[Hook], session: Session, kind: str, root: Root, mode: int, limit: int, no_code: bool) -> List[Block]:
+def _blocks(item: Hooks, session: Session, kind: str, root: Root, mode: int, limit: int, no_code: bool) -> List[Block]:
+    found, count = item.found, len(item.found) + item.more
     table = Table(
         "hooks",
         (("start", "guest-physical"), ("length", "size"), ("target", "goes to"), ("permissions", "perm"), ("expected", "expected"),
@@ -131,8 +196,9 @@ def _blocks(found: Sequence[Hook], session: Session, kind: str, root: Root, mode
         return [table]
     signs = [sign for sign in SIGNS if any(sign in hook.signs for hook in found)]
     blocks: List[Block] = [table, Lines("signs", [Value(sign, f"{sign}: {SIGNS[sign]}", "dim") for sign in signs])]
-    if len(found) > limit:
-        blocks.append(Lines("cut", [Value(len(found) - limit, f"... {len(found) - limit} more rows: --limit shows more", "warn")]))
+    if count > limit:
+        words = f"... {count - limit} more rows: " + ("--limit shows more" if limit < len(found) else "--gpa A-B shows a part")
+        blocks.append(Lines("cut", [Value(count - limit, words, "warn")]))
     for hook in found[:limit]:
         if hook.moved and not no_code:
             blocks += _bytes(session, hook, mode)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from vtdbg.commands.nested import ROOT_OPTION, Root, nested_report, python_tables
+from vtdbg.commands.nested import RANGE, ROOT_OPTION, Root, nested_report, python_tables
 from vtdbg.commands.nested_diff import named
+from vtdbg.commands.nested_dump import interrupted, not_looked_at, unseen
+from vtdbg.commands.progress import Watch, Watched, range_words
 from vtdbg.commands.registry import Opt
 from vtdbg.commands.select import found_blocks, read_text
 from vtdbg.commands.session import Session
 from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.memory_map import parse_memory_map, parse_spans, whole_pages
-from vtdbg.nested.lint import CHECKS, ControlPage, Inputs, Remark, lint
-from vtdbg.numbers import size_text
+from vtdbg.nested.lint import CHECKS, ControlPage, Inputs, Remark, Seen, checks, lint, look, made_checks
+from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Group, Lines, Report, Table, Value, hexa
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx import fields as vmcs_fields
@@ -26,6 +29,7 @@ LINT_OPTIONS = (
     Opt("--ram", "text", "guest-physical RAM: A-B or A+SIZE (several may be given)", many=True, metavar="RANGE"),
     Opt("--e820", "path", "the guest's memory map: a kernel log with e820 lines, or /proc/iomem; - is the standard input", metavar="FILE"),
     Opt("--mtrr", "path", "the MTRRs' values, as for --caps (IA32_MTRR_DEF_TYPE, PHYSBASE, PHYSMASK, fixed ranges)", metavar="FILE"),
+    RANGE,
     Opt("--all", "flag", "checks that pass too"),
 )
 
@@ -57,9 +61,10 @@ OWN_PAGES = ("vmcs", "shadow-vmcs", "vmxon-region", "vmcb", "host-save-area")
 
 
 def lint_report(command: str, session: Session, roots: Sequence[Root], *, ram: Optional[List[str]] = None, e820: Optional[str] = None,
-                mtrr: Optional[str] = None, all: bool = False) -> Report:
+                mtrr: Optional[str] = None, gpa: Optional[str] = None, all: bool = False) -> Report:
     """All checks on each root; status 1 where one fails.  Checks without their inputs are undecided and say what is missing."""
     kind = command.split()[0]
+    first, end = parse_range(gpa) if gpa else (0, 1 << 64)
     if ram and e820:
         raise UsageError("give one of --ram and --e820")
     spans = parse_spans(ram) if ram else parse_memory_map(read_text(e820), e820) if e820 else None
@@ -74,16 +79,57 @@ def lint_report(command: str, session: Session, roots: Sequence[Root], *, ram: O
     report.python.append("from vtdbg.nested.lint import Inputs, lint")
     if mtrr:
         report.python += ["from vtdbg.x86.mtrr import Mtrrs", f"mtrrs = Mtrrs.from_msrs(dict(vtdbg.VmxCapabilities.from_file({mtrr!r}).items()))"]
-    for root in roots:
+    for number, root in enumerate(roots):
         inputs = Inputs(spans, source, host, mtrrs, pages, _ve(session, root))
-        remarks = lint(session.machine.memory, root.tables, inputs)
-        report.add(_group(remarks, root, kind, all))
-        if any(remark.verdict == "fail" for remark in remarks):
+        made = _watched(session, root, inputs, first, end - 1)
+        group = _group(made.remarks, root, kind, all)
+        report.add(group)
+        if made.seen is not None and made.seen.part:
+            words = f"only what lies from {first:#x} to {end - 1:#x} was looked at: frames that are reached from outside too do not show"
+            group.blocks.insert(0, Lines("part", [Value(gpa, words, "warn")]))
+        if made.seen is not None and made.seen.why:
+            group.add(Lines("unseen", [Value(f"{made.seen.reached:#x}", unseen(made.seen.reached, made.seen.why, root), "warn")]))
+        if any(remark.verdict == "fail" for remark in made.remarks):
             report.status = FINDINGS
+        part = f", {first:#x}, {end - 1:#x}" if gpa else ""
         given = f"ram={spans!r}, ram_source={source!r}, host_ram={host!r}, mtrrs={'mtrrs' if mtrr else None}, ve={inputs.ve!r}"
-        report.python += [f"inputs = Inputs({given})", f"for remark in lint(machine.memory, {python_tables(kind, root)}, inputs):",
+        report.python += [f"inputs = Inputs({given})", f"for remark in lint(machine.memory, {python_tables(kind, root)}, inputs{part}):",
                           "    print(remark.verdict, remark.id, remark.message)"]
+        if made.stopped:
+            group.add(interrupted(made.stopped_at))
+            report.status = FINDINGS
+            report.blocks += not_looked_at(roots[number + 1:])
+            break
     return report
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the checks said; `stopped`: Ctrl-C ended it, at guest-physical `stopped_at` or (None) between two checks."""
+
+    remarks: List[Remark]
+    seen: Optional[Seen] = None
+    stopped: bool = False
+    stopped_at: Optional[int] = None
+
+
+def _watched(session: Session, root: Root, inputs: Inputs, first: int, last: int) -> _Made:
+    """All checks, with a line that says how far they are; those that Ctrl-C kept from being made are undecided."""
+    if root.tables.root_problem:
+        return _Made(lint(session.machine.memory, root.tables, inputs))
+    watch = Watch(session, range_words)
+    seen = look(session.machine.memory, root.tables, first, last, watch)
+    if watch.stopped:
+        return _Made([remark for made in checks(seen, inputs) for remark in made], seen, stopped=True, stopped_at=seen.reached)
+    names = ["pointer", *made_checks(root.tables)]
+    every = Watched(checks(seen, inputs), session, lambda count, made: f"check {count + 1} of {len(names)}: {made[0].check.title}", stride=1)
+    remarks: List[Remark] = []
+    count = 0
+    for made in every:
+        remarks, count = remarks + made, count + 1
+    if every.interrupted:
+        remarks += [Remark(name, "undecided", "not made: interrupted") for name in names[count:]]
+    return _Made(remarks, seen, stopped=every.interrupted)
 
 
 def _mtrrs(session: Session, path: Optional[str]) -> Optional[Mtrrs]:

@@ -6,9 +6,12 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from typing import Any, Callable, Generic, Iterable, Iterator, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Generic, Iterable, Iterator, Optional, TypeVar
 
 from vtdbg.commands.session import Session
+
+if TYPE_CHECKING:
+    from vtdbg.enumeration import Range
 
 FIRST_AFTER, EVERY = 0.7, 0.2
 _STRIDE = 1024
@@ -23,8 +26,9 @@ class Watched(Generic[T]):
     item that was left out, where it is known.
     """
 
-    def __init__(self, items: Iterable[T], session: Session, words: Callable[[int, T], str]) -> None:
-        self._items, self._progress, self._words = items, session.progress, words
+    def __init__(self, items: Iterable[T], session: Session, words: Callable[[int, T], str], stride: int = _STRIDE) -> None:
+        """`stride`: the clock is looked at every so many items."""
+        self._items, self._progress, self._words, self._stride = items, session.progress, words, stride
         self.interrupted = False
         self.next: Optional[T] = None
 
@@ -36,7 +40,7 @@ class Watched(Generic[T]):
                     if self.interrupted:
                         self.next = item
                         return
-                    if self._progress is not None and count % _STRIDE == 0 and time.monotonic() > due:
+                    if self._progress is not None and count % self._stride == 0 and time.monotonic() > due:
                         self._progress(self._words(count, item) + " (Ctrl-C shows what there is)")
                         due, shown = time.monotonic() + EVERY, True
                     yield item
@@ -49,6 +53,34 @@ class Watched(Generic[T]):
 
     def _stop(self) -> None:
         self.interrupted = True
+
+
+class Watch(Generic[T]):
+    """Makes what is passed to it `Watched`, once; without a session it is passed on as it is."""
+
+    def __init__(self, session: Optional[Session], words: Callable[[int, T], str]) -> None:
+        self._session, self._words = session, words
+        self._made: Optional[Watched[T]] = None
+
+    def __call__(self, items: Iterable[T]) -> Iterator[T]:
+        if self._session is None:
+            return iter(items)
+        self._made = Watched(items, self._session, self._words)
+        return iter(self._made)
+
+    @property
+    def stopped(self) -> bool:
+        """Ctrl-C ended it."""
+        return self._made is not None and self._made.interrupted
+
+    @property
+    def next(self) -> Optional[T]:
+        """The first item that was left out, where it is known."""
+        return self._made.next if self._made is not None else None
+
+
+def range_words(count: int, row: Range) -> str:
+    return f"{count} ranges, at {row.start:#x}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -22,6 +23,7 @@ from vtdbg.hierarchy import Block as TreeBlock
 from vtdbg.hierarchy import Hierarchy, Hypervisor, Tables, Vm, hierarchy
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
+from vtdbg.nested.meant import told_apart
 from vtdbg.render.html import HtmlRenderer, escape, page
 from vtdbg.render.pictures import map_data, msr_data, msr_names
 from vtdbg.report import Block, Group, Lines, Report, Table, Value, cell
@@ -284,7 +286,8 @@ class ReportPage:
             return f'<p class="bad">{escape(structure.root_problem)}</p>'
         found = Enumeration(session.machine.memory, structure, limit=WORK_LIMIT if self._given_up < MOST_GIVEN_UP else SHORT_WORK)
         kept: List[Range] = []
-        picture = address_map(found, self._pieces, _kept(found, kept, self._exact + 1))
+        tell = partial(told_apart, session.machine.memory, structure)
+        picture = address_map(found, self._pieces, _kept(found, kept, self._exact + 1), tell)
         exact = kept if picture.grain != EXACT and len(kept) <= self._exact else []
         self._exact -= len(exact)
         whole = found.complete
@@ -321,7 +324,7 @@ class ReportPage:
 
     def _hooks(self, session: Session, own: Root, further: Sequence[Root]) -> List[Hooks]:
         """What stands out in a VM's own tables and in the EPTP lists of it, and against further tables where those are views of the same guest."""
-        found, _ = all_hooks(session.machine.memory, [own, *further])
+        found = all_hooks(session.machine.memory, [own, *further]).found
         listed = {id(root) for root in further if root.python}
         return [item for item in found if item.root is own or item.first is own or item.first is None and item.found and id(item.root) in listed]
 
@@ -329,7 +332,7 @@ class ReportPage:
         session, html, kind, block = item.session, item.html, item.kind, item.block
         chosen = {"address": block.address}
         checked = self._said(lambda: run_verb(session, f"{kind} check", **chosen))
-        explained = self._said(lambda: run_verb(session, "exit explain", vmcb=kind == "vmcb", **chosen))
+        explained = self._said(lambda: run_verb(session, "exit explain", vmcb=kind == "vmcb", what=[f"{block.address:#x}"]))
         fields = self._said(lambda: run_verb(session, f"{kind} dump", **chosen))
         self._states[item.ident] = self._state(checked)
         facts = [f"<p>{escape(words)}</p>" for words in _block_words(block)]

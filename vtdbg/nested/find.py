@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Tuple
+from typing import Callable, Iterable, Iterator, List, Optional, Tuple
 
 from vtdbg.enumeration import Enumeration, Range
 from vtdbg.memory.base import PhysicalMemory
@@ -32,6 +32,8 @@ class Found:
     tables: Tuple[Tuple[int, int], ...]
     complete: bool
     problem: str = ""
+    reached: Optional[int] = None
+    """Where the tables were given up: nothing is said of what lies from here on."""
 
 
 def places(rows: Iterator[Range], first: int, end: int) -> Iterator[Place]:
@@ -42,21 +44,24 @@ def places(rows: Iterator[Range], first: int, end: int) -> Iterator[Place]:
             yield Place(row.start + low - row.target, low, high - low, row)
 
 
-def find(memory: PhysicalMemory, structure: Structure, hpa: int, size: int = 1, limit: int = 10_000) -> Found:
-    """Who maps the `size` bytes at host-physical `hpa` (a page that nobody may access counts: its permissions are "---").
+def find(memory: PhysicalMemory, structure: Structure, hpa: int, size: int = 1, limit: int = 10_000, first: int = 0, last: int = (1 << 64) - 1,
+         watch: Callable[[Iterable[Range]], Iterable[Range]] = iter) -> Found:
+    """Who maps the `size` bytes at host-physical `hpa` (a page that nobody may access counts: its permissions are "---"), by guest-physical
+    addresses from `first` to `last`.
 
-    Never raises for what the tables hold.
+    `watch` is passed the ranges on the way, and may end it.  Never raises for what the tables hold.
     """
-    rows = Enumeration(memory, structure, limit=WORK)
+    rows = Enumeration(memory, structure, first, last, limit=WORK)
     found: List[Place] = []
     cut = False
-    for place in places(iter(rows), hpa, hpa + size):
+    for place in places(iter(watch(rows)), hpa, hpa + size):
         cut = len(found) == limit
         if cut:
             break
         found.append(place)
     tables = tuple(sorted((at, level) for at, level in rows.table_levels.items() if at < hpa + size and at + 4096 > hpa))
-    return Found(tuple(found), tables, rows.complete and not cut, _problem(rows, cut))
+    limit_hit = next((problem.start for problem in rows.problems if problem.kind == "limit"), None)
+    return Found(tuple(found), tables, rows.complete and not cut, _problem(rows, cut), limit_hit)
 
 
 def _problem(rows: Enumeration, cut: bool) -> str:

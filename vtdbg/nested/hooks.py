@@ -6,7 +6,7 @@ or a second table with another frame for the same page.  Large pages are split f
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import islice
 from typing import Callable, Dict, Hashable, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
@@ -14,7 +14,8 @@ from typing import Callable, Dict, Hashable, Iterable, Iterator, List, Mapping, 
 from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import MemoryUnavailable
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
-from vtdbg.nested.diff import diff_ranges, segments
+from vtdbg.nested.diff import Segment, diff_ranges
+from vtdbg.nested.meant import faults
 from vtdbg.walk import Structure
 from vtdbg.x86.disasm import MAX_LENGTH, Instruction, disassemble
 
@@ -29,8 +30,15 @@ SIGNS: Mapping[str, str] = {
 }
 """What makes a page stand out, and what it means.  Read-only memory is not in this list: it is how ROMs and shared pages look."""
 
-ROWS = 1 << 18
-"""Ranges of one table that are looked at."""
+KEPT = 1 << 18
+"""Ranges of one table that are kept, to see which tables are views of one guest.  What stands out is looked for on the way, in all of them."""
+HOOKS = 1 << 16
+"""Hooks of one table that are kept; hostile tables have one for every page."""
+_CHUNK = 1 << 16
+"""Ranges that are judged together, or those of the largest page if there are more: up to 2**18."""
+
+Watch = Callable[[Iterable[Range]], Iterable[Range]]
+"""Passed what is enumerated, on the way; may end it."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +66,46 @@ class Hook:
 
 @dataclass(frozen=True)
 class View:
-    """The ranges of one table: at most ROWS, `complete` says whether these are all; `problems` counts what is wrong with the table."""
+    """What one table maps, and what stands out in it.
+
+    `rows` are the first KEPT ranges of `ranges`; `hooks` the first HOOKS hooks, in address order, `more` how many there are besides.
+    `complete`: nothing was left out; where it is False, everything from `reached` on was, and `why` says for what reason ("" where `watch`
+    ended it).  `problems` counts what is wrong with the table, `meant` the pages that KVM makes fault on purpose (MMIO).
+    """
 
     rows: Tuple[Range, ...]
+    ranges: int
+    hooks: Tuple[Hook, ...]
+    more: int
     complete: bool
+    reached: int
+    why: str = ""
     problems: int = 0
+    meant: int = 0
 
 
-def view(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1) -> View:
-    """What a table maps from guest-physical `first` to `last` (inclusive)."""
+def view(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1, watch: Watch = iter) -> View:
+    """What a table maps from guest-physical `first` to `last` (inclusive), each table read once and little kept of it."""
     found = Enumeration(memory, structure, first, last)
-    rows = tuple(islice(found, ROWS + 1))
-    return View(rows[:ROWS], found.complete and len(rows) <= ROWS, found.problem_count)
+    kept: List[Range] = []
+    count, reached = 0, first
+
+    def noted() -> Iterator[Range]:
+        nonlocal count, reached
+        for row in watch(found):
+            if count < KEPT:
+                kept.append(row)
+            count, reached = count + 1, row[0] + row[2]
+            yield row
+
+    every = hooks(noted())
+    shown = tuple(islice(every, HOOKS))
+    more = sum(1 for _ in every)
+    limit = next((problem for problem in found.problems if problem.kind == "limit"), None)
+    wrong, meant = faults(memory, structure, found.problems)
+    pages = sum(item.problem.entries for item in meant)
+    return View(tuple(kept), count, shown, more, found.complete, limit.start if limit else reached, limit.text if limit else "",
+                len(wrong) - (limit is not None) + found.problem_count - len(found.problems), pages)
 
 
 # ---- one table ----------------------------------------------------------------------------------------------------------------------
@@ -86,8 +122,28 @@ class _Area(NamedTuple):
     pieces: Tuple[Range, ...]
 
 
-def hooks(rows: Sequence[Range]) -> List[Hook]:
-    """What stands out in the ranges of one table (page sizes kept apart), in address order."""
+def hooks(rows: Iterable[Range]) -> Iterator[Hook]:
+    """What stands out in the ranges of one table (page sizes kept apart, in address order), in address order.
+
+    A page is judged by what is around it, up to the largest page: few rows are held at a time.
+    """
+    held: List[Range] = []
+    low = area = 0
+    for row in rows:
+        area = area or max(level.page_size for level in row.tables.levels if level.leaf is not None)
+        high = row.start // area * area
+        if len(held) >= _CHUNK and high > low:
+            held.append(row)
+            yield from _hooks_between(held, low, high)
+            # Whatever touches the border is what the next ones are compared with.
+            held, low = [one for one in held if one.end >= high], high
+        else:
+            held.append(row)
+    yield from _hooks_between(held, low, 1 << 64)
+
+
+def _hooks_between(rows: Sequence[Range], low: int, high: int) -> List[Hook]:
+    """What stands out from `low` to `high`, which no area crosses; `rows` are those and the ones right before and behind."""
     found: Dict[Tuple[int, int], Hook] = {}
 
     def note(row: Range, sign: str, expected: Optional[int] = None, usual: str = "") -> None:
@@ -98,7 +154,9 @@ def hooks(rows: Sequence[Range]) -> List[Hook]:
             found[row.start, row.length] = Hook(row.start, row.length, (*known.signs, sign), row.target, row.permissions, row.page_size,
                                                 known.expected if expected is None else expected, known.usual or usual)
 
-    for index, row in enumerate(rows):
+    own = range(bisect_left(rows, (low,)), bisect_left(rows, (high,)))
+    for index in own:
+        row = rows[index]
         permissions = row.permissions
         if permissions.execute and not permissions.read:
             note(row, "execute-only")
@@ -108,8 +166,10 @@ def hooks(rows: Sequence[Range]) -> List[Hook]:
     sizes = sorted({level.page_size for level in (rows[0].tables.levels if rows else ()) if level.leaf is not None})
     for size in sizes[1:]:
         for area in _areas(rows, size):
-            _judge(area, rows, starts, note)
-        for row in rows:
+            if low <= area.start < high:
+                _judge(area, rows, starts, note)
+        for index in own:
+            row = rows[index]
             # A split that serves no purpose any more: pages that all say what one large page would.
             if row.page_size < size and not row.start % size and not row.length % size and row.length <= 16 * size \
                     and _large_around(row.start, row.end, row.target - row.start, size, rows, starts):
@@ -127,22 +187,29 @@ def _surrounded(rows: Sequence[Range], index: int) -> bool:
 
 def _areas(rows: Sequence[Range], size: int) -> Iterator[_Area]:
     """Areas of `size` that are mapped in full, by smaller pages, in more than one range."""
-    current = -1
+    current, covered = -1, 0
     pieces: List[Range] = []
     for row in rows:
-        if row.page_size >= size:
+        start, length = row[0], row[2]
+        if row[3] >= size:
             continue
-        first, last = row.start // size, (row.end - 1) // size
+        first, last = start // size, (start + length - 1) // size
+        # Nearly all rows are small and within one area.
         for at in (first,) if first == last else (first, last):
-            low, high = max(row.start, at * size), min(row.end, (at + 1) * size)
-            if high - low == size:
+            if first != last:
+                low, high = max(start, at * size), min(start + length, (at + 1) * size)
+                piece = row._replace(start=low, target=row.target + low - start, length=high - low)
+            else:
+                piece = row
+            if piece[2] == size:
                 continue
             if at != current:
-                if sum(piece.length for piece in pieces) == size:
+                if covered == size:
                     yield _Area(current * size, size, tuple(pieces))
-                current, pieces = at, []
-            pieces.append(row if high - low == row.length else row._replace(start=low, target=row.target + low - row.start, length=high - low))
-    if sum(piece.length for piece in pieces) == size:
+                current, covered, pieces = at, 0, []
+            pieces.append(piece)
+            covered += piece[2]
+    if covered == size:
         yield _Area(current * size, size, tuple(pieces))
 
 
@@ -175,25 +242,36 @@ def _most(weights: "Iterable[Tuple[_Key, int]]") -> "Optional[_Key]":
     total: Dict[_Key, int] = {}
     for key, weight in weights:
         total[key] = total.get(key, 0) + weight
-    best = max(total, key=lambda key: total[key])
+    best = max(total, key=total.__getitem__)
     return best if 2 * total[best] > sum(total.values()) else None
 
 
 # ---- several tables -----------------------------------------------------------------------------------------------------------------
 
-def kinship(one: Sequence[Range], two: Sequence[Range]) -> Tuple[int, int]:
-    """(bytes that both map, bytes of them that go to the same frame): views of one guest share nearly all of their frames."""
-    common = same = 0
-    for start, end, first, second in segments(iter(one), iter(two)):
-        if first is not None and second is not None:
-            common += end - start
-            same += (end - start) * (first.target - first.start == second.target - second.start)
-    return common, same
+class Kinship:
+    """How much of what two tables both map goes to the same frame: views of one guest share nearly all of their frames."""
+
+    def __init__(self) -> None:
+        self.common = self.same = 0
+
+    def counted(self, pairs: Iterable[Segment]) -> Iterator[Segment]:
+        """The segments of a comparison, counted on the way (the `watch` of `diff_ranges`)."""
+        for segment in pairs:
+            start, end, first, second = segment
+            if first is not None and second is not None:
+                self.common += end - start
+                self.same += (end - start) * (first.target - first.start == second.target - second.start)
+            yield segment
+
+    @property
+    def close(self) -> bool:
+        return 0 < self.common < 2 * self.same
 
 
-def view_hooks(first: Sequence[Range], other: Sequence[Range], number: int) -> Iterator[Hook]:
-    """Pages that table `number` maps otherwise than the first: another frame, or other rights."""
-    for change in diff_ranges(first, other, frozenset(("frame", "permissions"))):
+def view_hooks(first: Iterable[Range], other: Iterable[Range], number: int, watch: Callable[[Iterator[Segment]], Iterator[Segment]] = iter) \
+        -> Iterator[Hook]:
+    """Pages that table `number` maps otherwise than the first: another frame, or other rights.  `watch` as for `diff_ranges`."""
+    for change in diff_ranges(first, other, frozenset(("frame", "permissions")), watch):
         if change.before is None or change.after is None:
             continue
         signs = tuple(sign for aspect, sign in (("frame", "view-frame"), ("permissions", "view-rights")) if aspect in change.aspects)

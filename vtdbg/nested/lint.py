@@ -10,21 +10,24 @@ from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from vtdbg import bits
-from vtdbg.enumeration import Enumeration, Problem, Range
+from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import MemoryUnavailable
-from vtdbg.kvm_entries import describe_mmio
 from vtdbg.memory.base import PAGE_SIZE, PhysicalMemory
 from vtdbg.nested.filter import has_flag, outside
+from vtdbg.nested.meant import told_apart
 from vtdbg.numbers import size_text
 from vtdbg.vmx.ept import Ept
 from vtdbg.walk import Structure
 from vtdbg.x86.mtrr import Mtrrs
 
 FAIL, NOTE, UNDECIDED, PASS = "fail", "note", "undecided", "pass"
-ROWS = 1 << 18
+KEPT = 1 << 18
+"""Ranges that are kept.  Where there are more, the checks that need all of them have the tables enumerated again."""
+ALIASED = 1 << 20
+"""Ranges whose frames are compared with one another: they have to be sorted."""
 REMARKS = 100
 """Remarks of one check that are kept; `Remark.more` of the last one counts the rest."""
 COUNTED = 1 << 13
@@ -122,33 +125,83 @@ class Inputs:
     ve: Optional[bool] = None
 
 
-class _Seen(NamedTuple):
-    """One enumeration of everything, shared by the checks."""
+@dataclass(frozen=True)
+class Seen:
+    """Tables that were enumerated once, for all checks.  `kept` are the first KEPT of `count` ranges from `first` to `last`; nothing from
+    `reached` on was seen, and `why` says for what reason ("" where `watch` ended it); `whole`: all of it was."""
 
     memory: PhysicalMemory
     structure: Structure
-    rows: Tuple[Range, ...]
+    kept: Tuple[Range, ...]
+    count: int
     found: Enumeration
     whole: bool
+    first: int
+    last: int
+    reached: int
+    why: str
+    apart: FrozenSet[str]
+
+    @property
+    def rows(self) -> Iterable[Range]:
+        """All ranges, in address order."""
+        if self.count == len(self.kept):
+            return self.kept
+        return islice(Enumeration(self.memory, self.structure, self.first, self.last, apart=self.apart), self.count)
+
+    @property
+    def missing(self) -> Tuple[str, ...]:
+        """What was not seen, as a missing input."""
+        return (f"the tables from {self.reached:#x} on: --gpa {self.reached:#x}-{min(self.last, self.top):#x}",)
+
+    @property
+    def top(self) -> int:
+        """The last address that the tables translate."""
+        return (1 << self.structure.tables.address_bits) - 1
+
+    @property
+    def part(self) -> bool:
+        """Somebody asked for less than the whole address space."""
+        return self.first > 0 or self.last < self.top
 
 
-def lint(memory: PhysicalMemory, structure: Structure, inputs: Inputs = Inputs()) -> List[Remark]:
+def look(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int = (1 << 64) - 1,
+         watch: Callable[[Iterable[Range]], Iterable[Range]] = iter) -> Seen:
+    """Enumerates the tables from guest-physical `first` to `last` (inclusive) for the checks.  `watch` is passed the ranges on the way, and may
+    end it."""
+    apart = frozenset(("A", "D") if isinstance(structure, Ept) else ())
+    found = Enumeration(memory, structure, first, last, apart=apart)
+    kept: List[Range] = []
+    count, reached = 0, first
+    for row in watch(found):
+        if count < KEPT:
+            kept.append(row)
+        count, reached = count + 1, row[0] + row[2]
+    limit = next((problem for problem in found.problems if problem.kind == "limit"), None)
+    return Seen(memory, structure, tuple(kept), count, found, found.complete, first, last, limit.start if limit else reached,
+                limit.text if limit else "", apart)
+
+
+def lint(memory: PhysicalMemory, structure: Structure, inputs: Inputs = Inputs(), first: int = 0, last: int = (1 << 64) - 1) -> List[Remark]:
     """Every check on the tables, in the order of CHECKS; never raises for what they hold."""
     if structure.root_problem:
         return [Remark("pointer", FAIL, structure.root_problem)]
-    apart = frozenset(("A", "D") if isinstance(structure, Ept) else ())
-    found = Enumeration(memory, structure, apart=apart)
-    rows = tuple(islice(found, ROWS + 1))
-    seen = _Seen(memory, structure, rows[:ROWS], found, found.complete and len(rows) <= ROWS)
-    remarks = [Remark("pointer", PASS, "")]
-    for name, check in _MAKERS.items():
-        if name in EPT_ONLY and not isinstance(structure, Ept):
-            continue
-        made = list(_capped(name, check(seen, inputs)))
+    return [remark for remarks in checks(look(memory, structure, first, last), inputs) for remark in remarks]
+
+
+def checks(seen: Seen, inputs: Inputs) -> Iterator[List[Remark]]:
+    """The remarks of one check after the other; the pointer is known to be valid."""
+    yield [Remark("pointer", PASS, "")]
+    for name in made_checks(seen.structure):
+        made = list(_capped(name, _MAKERS[name](seen, inputs)))
         if not seen.whole and not made:
-            made = [Remark(name, UNDECIDED, "not all of the tables were seen", missing=("the rest of the tables",))]
-        remarks += made or [Remark(name, PASS, "")]
-    return remarks
+            made = [Remark(name, UNDECIDED, "not all of the tables were seen", missing=seen.missing)]
+        yield made or [Remark(name, PASS, "")]
+
+
+def made_checks(structure: Structure) -> List[str]:
+    """Names of the checks that `checks` makes behind the one on the pointer."""
+    return [name for name in _MAKERS if name not in EPT_ONLY or isinstance(structure, Ept)]
 
 
 def _capped(name: str, remarks: Iterable[Remark]) -> Iterator[Remark]:
@@ -165,24 +218,18 @@ def _capped(name: str, remarks: Iterable[Remark]) -> Iterator[Remark]:
 
 # ---- the tables by themselves -------------------------------------------------------------------------------------------------------
 
-def _entries(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
-    for problem in seen.found.problems:
+def _entries(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
+    for told in told_apart(seen.memory, seen.structure, seen.found.problems):
+        problem = told.problem
         if problem.kind == "misconfiguration":
-            meant = _mmio(seen.structure, problem)
-            words = problem.text + (f"; {meant}" if meant else "")
-            yield Remark("entries", NOTE if meant else FAIL, words, problem.start, problem.length, problem.path)
-        elif problem.kind in ("unreadable", "limit"):
+            yield Remark("entries", NOTE if told.meant else FAIL, told.text, problem.start, problem.length, problem.path)
+        elif problem.kind == "unreadable":
             yield Remark("entries", UNDECIDED, problem.text, problem.start, problem.length, problem.path, ("the tables' memory",))
+        elif problem.kind == "limit":
+            yield Remark("entries", UNDECIDED, problem.text, problem.start, problem.length, problem.path, seen.missing)
 
 
-def _mmio(structure: Structure, problem: Problem) -> str:
-    """KVM makes such entries on purpose, one a page."""
-    if problem.entry is None or problem.level != 1 or problem.entries != 1:
-        return ""
-    return describe_mmio(problem.entry, problem.start, "ept" if isinstance(structure, Ept) else "npt")
-
-
-def _loops(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _loops(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     for problem in seen.found.problems:
         if problem.kind == "loop":
             yield Remark("loop", FAIL, problem.text, problem.start, problem.length, problem.path)
@@ -194,7 +241,7 @@ _LEAVES_EACH = 1 << 19
 """As `vtdbg.enumeration.WORK_LIMIT`, for one such entry: what is below it may be tables without a page."""
 
 
-def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _lost(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     """Leaves under an entry that takes something away, which grant it themselves; neighbours with the same loss are one remark."""
     tables, budget, after = seen.structure.tables, _LEAVES, 0
     for entry in seen.found.withheld:
@@ -219,7 +266,7 @@ def _lost(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
             return
 
 
-def _loss(seen: _Seen, start: int, length: int, lost: int) -> Remark:
+def _loss(seen: Seen, start: int, length: int, lost: int) -> Remark:
     tables = seen.structure.tables
     walk = seen.structure.walk(seen.memory, start)
     takers = [f"level {step.level} {step.name} at {step.address:#x}" for step in walk.steps[:-1]
@@ -229,17 +276,21 @@ def _loss(seen: _Seen, start: int, length: int, lost: int) -> Remark:
     return Remark("lost-rights", FAIL, words, start, length, tuple(step.address for step in walk.steps if step.address is not None))
 
 
-def _uncached(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _uncached(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     ept = seen.structure
-    total = sum(row.length for row in seen.rows if row.rights)
-    cached = sum(row.length for row in seen.rows if row.rights and row.memory_type != "UC")
+    total, cached = 0, False
+    for row in seen.rows:
+        total += row.length if row.rights else 0
+        cached = bool(row.rights) and row.memory_type != "UC"
+        if cached:
+            break
     if total >= 1 << 20 and not cached and seen.whole:
         yield Remark("uncached", FAIL, f"all {size_text(total)} are mapped with memory type UC")
     if isinstance(ept, Ept) and bits.table("eptp").get(ept.eptp, "MEMORY_TYPE") == 0:
         yield Remark("uncached", NOTE, f"EPTP {ept.eptp:#x} asks for UC accesses to the tables (bits 2:0 are 0): every walk goes to memory")
 
 
-def _flags(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _flags(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     ept = seen.structure
     if not isinstance(ept, Ept):
         return
@@ -251,7 +302,7 @@ def _flags(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
     used = replace(ept, eptp=ept.eptp | bits.table("eptp")["AD"].mask)
     count = length = 0
     first: Optional[int] = None
-    for row in islice(Enumeration(seen.memory, used, apart=frozenset(("A", "D"))), ROWS):
+    for row in islice(Enumeration(seen.memory, used, seen.first, seen.last, apart=frozenset(("A", "D"))), None if seen.whole else seen.count):
         if has_flag(row, "A") or has_flag(row, "D"):
             count, length, first = count + 1, length + row.length, row.start if first is None else first
     if count:
@@ -263,26 +314,28 @@ _TABLES = 1 << 14
 """Tables whose entries that are not present are looked at."""
 
 
-def _suppress(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _suppress(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     """Bit 63 counts in entries that map a page and in those that are not present (SDM vol. 3, Convertible EPT Violations)."""
-    usable = [row for row in seen.rows if row.rights]
-    suppressed = sum(row.length for row in usable if has_flag(row, "SVE"))
-    total = sum(row.length for row in usable)
+    suppressed = total = 0
+    firsts: Dict[bool, Range] = {}
+    for row in seen.rows:
+        if row.rights:
+            state = has_flag(row, "SVE")
+            firsts.setdefault(state, row)
+            total, suppressed = total + row.length, suppressed + row.length * state
     if inputs.ve is None:
         yield Remark("suppress-ve", UNDECIDED, f"{size_text(suppressed)} of {size_text(total)} have bit 63 (suppress #VE) set",
                      missing=('the secondary control "EPT-violation #VE"',))
     elif inputs.ve and suppressed == total and total:
         yield Remark("suppress-ve", NOTE, "EPT-violation #VE is on, and every mapped page suppresses it: no violation of these becomes a #VE")
     elif inputs.ve and total > suppressed:
-        first = next(row for row in usable if not has_flag(row, "SVE"))
+        first = firsts[False]
         words = f"EPT-violation #VE is on: violations on {size_text(total - suppressed)} (bit 63 is 0) are delivered to the guest"
         yield Remark("suppress-ve", NOTE, words, first.start, first.length)
     elif not inputs.ve and suppressed:
-        first = next(row for row in usable if has_flag(row, "SVE"))
+        first = firsts[True]
         words = f"bit 63 (suppress #VE) is 1 in {size_text(suppressed)} and has no effect: EPT-violation #VE is off"
         yield Remark("suppress-ve", NOTE, words, first.start, first.length)
-
-
     if inputs.ve:
         count, spans = _absent(seen)
         if count:
@@ -291,7 +344,7 @@ def _suppress(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
             yield Remark("suppress-ve", NOTE, words)
 
 
-def _absent(seen: _Seen) -> Tuple[int, int]:
+def _absent(seen: Seen) -> Tuple[int, int]:
     """(entries that are not present and do not suppress #VE, bytes that they span, each table once)."""
     tables = seen.structure.tables
     sizes = {level.number: level.page_size for level in tables.levels}
@@ -310,30 +363,31 @@ def _absent(seen: _Seen) -> Tuple[int, int]:
 
 # ---- against the machine ------------------------------------------------------------------------------------------------------------
 
-def identity(rows: Sequence[Range]) -> Tuple[int, int]:
+def identity(rows: Iterable[Range]) -> Tuple[int, int]:
     """(bytes that are mapped to themselves, bytes that are mapped): a hypervisor under a running system maps it all to itself."""
-    return sum(row.length for row in rows if row.start == row.target), sum(row.length for row in rows)
+    same = total = 0
+    for row in rows:
+        same, total = same + row.length * (row.start == row.target), total + row.length
+    return same, total
 
 
-def _frames(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _frames(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     """One remark a memory type: a dump that was cut to size lacks most of what is mapped, and a device is not in any."""
     if inputs.host_ram is None:
         yield Remark("frames", UNDECIDED, "which physical memory exists is not known", missing=("the ranges of the memory",))
         return
-    found: Dict[str, List[Range]] = {}
+    found: Dict[str, Tuple[int, int, Range]] = {}
     for row in seen.rows:
-        if row.rights:
-            found.setdefault(row.memory_type, []).extend(outside(row, inputs.host_ram))
-    for memory_type, rows in found.items():
-        if not rows:
-            continue
-        total, first = sum(row.length for row in rows), rows[0]
-        places = f"in {len(rows)} places, the first one" if len(rows) > 1 else "all"
+        for part in outside(row, inputs.host_ram) if row.rights else ():
+            count, total, first = found.get(row.memory_type, (0, 0, part))
+            found[row.memory_type] = count + 1, total + part.length, first
+    for memory_type, (count, total, first) in found.items():
+        places = f"in {count} places, the first one" if count > 1 else "all"
         words = f"{size_text(total)} mapped {memory_type} go to addresses that are not in this memory, {places} to HPA {first.target:#x}"
         yield Remark("frames", NOTE, words, first.start, first.length)
 
 
-def _ram(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _ram(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     ram, source = inputs.ram, inputs.ram_source
     if ram is None:
         same, total = identity(seen.rows)
@@ -345,32 +399,32 @@ def _ram(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
             return
         ram, source = inputs.host_ram, "the dump's own ranges; most of what is mapped is mapped to itself"
     if not seen.whole:
-        yield Remark("ram", UNDECIDED, "not all of the tables were seen", missing=("the rest of the tables",))
+        yield Remark("ram", UNDECIDED, "not all of the tables were seen", missing=seen.missing)
         return
-    for start, end in gaps(ram, [(row.start, row.end) for row in seen.rows if seen.structure.reaches(row.rights)]):
+    asked = [(max(start, seen.first), min(end, seen.last + 1)) for start, end in ram if start <= seen.last and end > seen.first]
+    for start, end in gaps(asked, ((row.start, row.end) for row in seen.rows if seen.structure.reaches(row.rights))):
         yield Remark("ram", FAIL, f"{size_text(end - start)} of RAM up to {end - 1:#x} are not mapped ({source})", start, end - start)
 
 
-def gaps(wanted: Sequence[Tuple[int, int]], covered: Sequence[Tuple[int, int]]) -> Iterator[Tuple[int, int]]:
-    """The parts of `wanted` that `covered` leaves out; both are sorted (start, end), `covered` without overlaps."""
-    number = 0
+def gaps(wanted: Sequence[Tuple[int, int]], there: Iterable[Tuple[int, int]]) -> Iterator[Tuple[int, int]]:
+    """The parts of `wanted` that `there` leaves out; both are sorted (start, end), `there` without overlaps, and taken one by one."""
+    spans, reached = iter(there), 0
+    current = next(spans, None)
     for start, end in wanted:
-        while number and covered[number - 1][1] > start:
-            number -= 1
-        at = start
+        at = max(start, reached)
+        reached = max(reached, end)
         while at < end:
-            while number < len(covered) and covered[number][1] <= at:
-                number += 1
-            if number == len(covered) or covered[number][0] >= end:
+            while current is not None and current[1] <= at:
+                current = next(spans, None)
+            if current is None or current[0] >= end:
                 yield at, end
                 break
-            low, high = covered[number]
-            if low > at:
-                yield at, low
-            at = max(at, high)
+            if current[0] > at:
+                yield at, current[0]
+            at = max(at, current[1])
 
 
-def _mtrr(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _mtrr(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     if inputs.mtrrs is None:
         yield Remark("mtrr", UNDECIDED, "the MTRRs are not known", missing=("the values of the MTRRs: --mtrr FILE",))
         return
@@ -407,10 +461,16 @@ def _mismatch(start: int, length: int, mapped: str, mtrr: str) -> Remark:
     return Remark("mtrr", FAIL if what else NOTE, words, start, length)
 
 
-def _aliases(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _aliases(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     """Each range against the one before it, by frame, that reaches furthest."""
     furthest: Optional[Range] = None
-    for row in sorted((row for row in seen.rows if row.rights), key=lambda row: (row.target, row.start)):
+    rows = list(islice((row for row in seen.rows if row.rights), ALIASED + 1))
+    if len(rows) > ALIASED:
+        at = rows.pop().start
+        words = f"frames were compared with one another up to {at - 1:#x} only, in the first {ALIASED} ranges"
+        yield Remark("alias", UNDECIDED, words, missing=(f"a comparison of less: --gpa {at:#x}-{min(seen.last, seen.top):#x} compares the others",))
+    rows.sort(key=lambda row: (row.target, row.start))
+    for row in rows:
         if furthest is not None and row.target < furthest.target + furthest.length:
             length = min(row.target + row.length, furthest.target + furthest.length) - row.target
             other = furthest.start + row.target - furthest.target
@@ -423,19 +483,19 @@ def _aliases(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
             furthest = row
 
 
-def _tables(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _tables(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     pages = [ControlPage(at, PAGE_SIZE, f"the table of level {level} at {at:#x}") for at, level in sorted(seen.found.table_levels.items())]
     yield from _reached("tables", seen.rows, pages)
 
 
-def _control_pages(seen: _Seen, inputs: Inputs) -> Iterator[Remark]:
+def _control_pages(seen: Seen, inputs: Inputs) -> Iterator[Remark]:
     if inputs.control_pages is None:
         yield Remark("control-pages", UNDECIDED, "where the control structures are is not known", missing=("a scan of the memory",))
         return
     yield from _reached("control-pages", seen.rows, sorted(inputs.control_pages))
 
 
-def _reached(name: str, rows: Sequence[Range], pages: Sequence[ControlPage]) -> Iterator[Remark]:
+def _reached(name: str, rows: Iterable[Range], pages: Sequence[ControlPage]) -> Iterator[Remark]:
     """Pages (sorted by address) that some range reaches."""
     starts = [page.address for page in pages]
     widest = max((page.size for page in pages), default=0)
@@ -451,7 +511,7 @@ def _reached(name: str, rows: Sequence[Range], pages: Sequence[ControlPage]) -> 
                          row.start + at - row.target, min(page.address + page.size, row.target + row.length) - at)
 
 
-_MAKERS: Mapping[str, Callable[[_Seen, Inputs], Iterator[Remark]]] = {
+_MAKERS: Mapping[str, Callable[[Seen, Inputs], Iterator[Remark]]] = {
     "entries": _entries, "loop": _loops, "lost-rights": _lost, "frames": _frames, "ram": _ram, "mtrr": _mtrr, "uncached": _uncached,
     "alias": _aliases, "tables": _tables, "control-pages": _control_pages, "flags": _flags, "suppress-ve": _suppress,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union
 
-from vtdbg.address_map import DRAWN_PROBLEMS, EXACT, PAGE, AddressMap, Meaning, letters_for, marked
+from vtdbg.address_map import DRAWN_PROBLEMS, EXACT, MMIO, PAGE, AddressMap, Meaning, letters_for, marked
 from vtdbg.enumeration import Range
 from vtdbg.nested.hooks import Hook
 from vtdbg.numbers import size_text
@@ -31,8 +31,9 @@ def map_data(picture: AddressMap, title: str, walk: str, hooks: Sequence[Hook] =
         pieces.append([piece.start // PAGE, (piece.end - piece.start) // PAGE, piece.mapped // PAGE,
                        None if piece.target is None else piece.target // PAGE, piece.ranges, indexes])
     detail = exact_ranges(exact, meanings) if exact else ""
-    faults = [[problem.start // PAGE, problem.length // PAGE, meanings.setdefault(Meaning("", "", 0, (), problem.kind), len(meanings))]
-              for problem in picture.found.problems if problem.kind in DRAWN_PROBLEMS and problem.length] if exact else []
+    faults = [[problem.start // PAGE, problem.length // PAGE,
+               meanings.setdefault(Meaning("", "", 0, (), MMIO if meant else problem.kind), len(meanings))]
+              for problem, meant in picture.told if problem.kind in DRAWN_PROBLEMS and problem.length] if exact else []
     letters = letters_for((meaning.permissions for meaning in meanings if not meaning.problem), "perm")
     return {
         "title": title, "walk": walk, "pieces": pieces, "aggregated": picture.grain != EXACT, "detail": detail, "faults": faults,

@@ -33,6 +33,10 @@
     "rwx": "all", "rwxu": "all", "rw-": "rw", "rw-u": "rw", "r-x": "rx", "r-xu": "rx", "r--": "r", "r--u": "r", "--x": "x", "--xu": "x",
     "---": "none", "----": "none",
   };
+  // From what deserves the least of a look to what deserves the most.
+  const PROBLEMS = ["", "MMIO", "unreadable", "misconfiguration"];
+  const PROBLEM_MARKS = {"MMIO": "~", "unreadable": "?", "misconfiguration": "!"};
+  const problemWords = (problem) => ({"MMIO": "KVM's MMIO: every access faults on purpose", "unreadable": "a table that cannot be read"})[problem] || problem;
   const permissionClass = (permissions) => PERMISSION_CLASSES[permissions] || "other";
   const typeClass = (type) => ["WB", "UC", "WC", "WT", "WP"].includes(type) ? type : "other";
 
@@ -131,7 +135,7 @@
       for (const piece of this.touching(first, end)) {
         if (piece.mapped === piece.end - piece.start) covered += Math.min(piece.end, end) - Math.max(piece.start, first);
         for (const meaning of piece.meanings) {
-          if (meaning.problem) problem = problem === "misconfiguration" ? problem : meaning.problem;
+          if (meaning.problem) problem = PROBLEMS.indexOf(meaning.problem) > PROBLEMS.indexOf(problem) ? meaning.problem : problem;
           else { permissions.add(meaning.perm); types.add(meaning.type); letter = meaning.letter; }
           if (meaning.mark) mark = true;
         }
@@ -194,7 +198,7 @@
         this.block(svg, 1, 1, 36, 20, {permissions: ["rwx"], types: [], part: true, problem: "", mark: false, letter: ""}, 0));
       if (this.hooks.length || meanings.some((item) => item.mark)) sample("flag: a hook, execute-only, or read-write without execute", (svg) => this.flag(svg, 8, 4));
       for (const problem of new Set(meanings.map((item) => item.problem).filter(Boolean)))
-        sample((problem === "misconfiguration" ? "! = " : "? = ") + (problem === "misconfiguration" ? problem : "a table that cannot be read"), (svg) =>
+        sample(PROBLEM_MARKS[problem] + " = " + problemWords(problem), (svg) =>
           this.block(svg, 1, 1, 36, 20, {permissions: [], types: [], part: false, problem: problem, mark: false, letter: ""}, 0));
     }
 
@@ -204,8 +208,10 @@
 
     block(svg, x, y, width, height, state, cells) {
       if (state.part) { y += height / 2; height /= 2; }
-      const kind = state.problem ? (state.problem === "misconfiguration" ? "broken" : "unreadable")
-        : state.permissions.length > 1 ? "several" : permissionClass(state.permissions[0]);
+      // Pages beside KVM's MMIO are what one looks for; a mistake beside pages is.
+      const problem = state.problem === "MMIO" && state.permissions.length ? "" : state.problem;
+      const kind = problem ? {"misconfiguration": "broken", "unreadable": "unreadable", "MMIO": "mmio"}[problem]
+        : state.permissions.length > 1 || state.problem ? "several" : permissionClass(state.permissions[0]);
       add(svg, "svg:rect", {"class": "p-" + kind, "x": x, "y": y, "width": width, "height": height});
       if (kind === "several" || kind === "unreadable" || kind === "none") {
         let lines = "";
@@ -220,8 +226,8 @@
         add(svg, "svg:path", {"class": "stripe t-" + type, "d": `M${x} ${y + height - 2}H${x + width}`});
       }
       add(svg, "svg:rect", {"class": "edge", "x": x, "y": y, "width": width, "height": height});
-      const short = state.problem ? (kind === "broken" ? "!" : "?") : kind === "several" ? "*" : state.letter;
-      const long = state.problem || kind === "several" ? short : state.permissions[0] + " " + state.types.join("/");
+      const short = {"broken": "!", "unreadable": "?", "mmio": "~", "several": "*"}[kind] || state.letter;
+      const long = problem || kind === "several" ? short : state.permissions[0] + " " + state.types.join("/");
       const words = long.length * 7 + 8 <= width - (state.mark ? 14 : 0) ? long : short;
       if (!state.part || cells === 0 && short) {
         const text = add(svg, "svg:text", {"class": kind === "broken" ? "in alarm" : "in", "x": x + width / 2 + (state.mark && width > 20 ? 5 : 0),
@@ -299,7 +305,7 @@
       const command = walk ? "vtdbg " + walk : "";
       if (!found.length) return `${where}: nothing is mapped. ${command}`;
       const meanings = [...new Set(found.flatMap((piece) => piece.meanings))];
-      const words = meanings.slice(0, 6).map((item) => item.problem || `${item.perm} ${item.type} ${item.size}${item.flags ? " " + item.flags : ""}` +
+      const words = meanings.slice(0, 6).map((item) => problemWords(item.problem) || `${item.perm} ${item.type} ${item.size}${item.flags ? " " + item.flags : ""}` +
                                              (item.mark ? ` (${item.mark})` : ""));
       const piece = found[0];
       let target = "";

@@ -14,7 +14,8 @@ NARROWEST_COLUMN = 16
 COLUMN_GAP = 2
 
 # SGR sequences (ECMA-48); only colours that stay readable on light and dark backgrounds.
-SGR: Mapping[str, str] = {"dim": "\x1b[2m", "good": "\x1b[32m", "bad": "\x1b[1;31m", "warn": "\x1b[33m", "strong": "\x1b[1m"}
+SGR: Mapping[str, str] = {"dim": "\x1b[2m", "good": "\x1b[32m", "bad": "\x1b[1;31m", "warn": "\x1b[33m", "strong": "\x1b[1m",
+                          "cyan": "\x1b[36m", "magenta": "\x1b[35m", "blue": "\x1b[34m"}
 RESET = "\x1b[0m"
 
 
@@ -29,6 +30,17 @@ class TextRenderer:
         if self.colour and value.style in SGR and words:
             return f"{SGR[value.style]}{words}{RESET}"
         return words
+
+    def painted(self, words: str, value: Value) -> str:
+        """As `mark`, with the spans of `value` each in its style where `words` are its whole text."""
+        if not value.spans or words != value.text:
+            return self.mark(words, value)
+        pieces, at = [], 0
+        for length, style in value.spans:
+            piece = words[at:at + length]
+            pieces.append(self.mark(piece, Value(None, piece, style)))
+            at += length
+        return "".join([*pieces, words[at:]])
 
     def plain(self, words: str) -> str:
         """Text that is not a cell (headings, prose)."""
@@ -109,7 +121,7 @@ class TextRenderer:
             line = []
             for index, value in enumerate(row):
                 pieces = self._wrapped(value.text, width=room) if index == flexible and len(value.text) > room else [value.text]
-                line.append("\n".join(self.mark(piece, value) for piece in pieces))
+                line.append("\n".join(self.painted(piece, value) for piece in pieces))
             cells.append(line)
         if headings:
             # As a row of its own: tabulate pads the columns of real headers by two more.
