@@ -17,8 +17,10 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from lab_amd import Smp
+from support import gdbdocs
 from support.live import PATIENCE, Unavailable, had, started
 from support.livegdb import body, error, plugged, vtdbg
+from support.ptygdb import PtyGdb
 from support.vmxstub import GUEST, GUEST_PML4, HANDLER, VMCS, VmxStub
 from support.work import processor_time
 
@@ -26,6 +28,7 @@ from vtdbg.errors import FormatError
 from vtdbg.linux.btf import Btf
 from vtdbg.linux.dwarf import unit
 from vtdbg.linux.symbols import STRUCTURES, btf_of
+from vtdbg.targets.live import LiveMachine
 from vtdbg.targets.mi import MiPort
 from vtdbg.targets.start import gdb_arguments, gdb_environment
 from vtdbg.targets.stub import of_processor
@@ -352,6 +355,33 @@ def test_selectors(one: Smp, symbols: Path) -> None:
             assert line in error(gdb, f"vmcb dump {selector}"), selector
 
 
+def test_tab_completes_selectors(one: Smp, symbols: Path) -> None:
+    """Every vCPU and every block that `kvm list` shows, and what is offered names just that."""
+    with with_symbols(one, symbols) as gdb:
+        def offered(typed: str) -> List[str]:
+            return [line.rpartition(" ")[2] for line in gdb.execute(f"complete {typed}").splitlines()]
+
+        wanted: Dict[str, int] = {}
+        for (process, vcpu), blocks in kvm_list(gdb.execute("kvm list --json")).items():
+            for name, address in blocks.items():
+                selector = f"vcpu:{process}/{vcpu}"
+                wanted[f"{selector}.{name.split()[0]}"] = address
+                if "current" in name:
+                    wanted.update({selector: address} if vcpu != 1 else {selector: address, "vcpu:1": address})
+        assert {wanted[f"vcpu:{one.truth(f'pid_{vm[0]}')}/{vm[1]}.vmcb01"] for vm in ("a0", "a1", "b0")} == set(one.state["vmcb"].values())
+        assert set(offered("vmcb dump vcpu:")) == set(wanted)
+        assert offered("vmcb dump cpu:") == ["cpu:0", "cpu:1"] == offered("vmcb get rip --at cpu:")
+        alone = f"vcpu:{one.truth('pid_a')}/0."
+        assert offered(f"vmcb dump {alone}") == [f"{alone}vmcb01"]
+        for selector, address in wanted.items():
+            if not selector.endswith("vmcb12"):
+                assert f"VMCB at {address:#x}" in gdb.execute(f"vmcb get rip --at {selector}"), selector
+        gdb.execute("disconnect")
+        assert offered("vmcb dump vcpu:") == []
+    with plugged(one.port) as gdb:
+        assert gdb.execute("complete vmcb dump vcpu:") == "" and '"0"' in gdb.execute("maintenance packet qqemu.PhyMemMode")
+
+
 def test_a_gdb_of_our_own_gives_the_same(one: Smp, symbols: Path) -> None:
     """The same code over MI, with --symbols and --thread: the text is that of GDB with the plugin.  Linux' objects read by packets too."""
     common = ("-s", one.source, "--symbols", str(symbols), "--width", "150")
@@ -426,6 +456,27 @@ def test_a_list_that_does_not_close_is_said(one: Smp, symbols: Path) -> None:
         assert "vm_list:" not in gdb.execute("kvm list")
 
 
+def test_a_vcpu_that_is_asked_to_leave_is_in_its_guest(one: Smp, symbols: Path) -> None:
+    """Another processor that wants something makes IN_GUEST_MODE to EXITING_GUEST_MODE (kvm_vcpu_exiting_guest_mode), and then interrupts: until
+    that arrives the guest goes on, and it is still this one's."""
+    with with_symbols(one, symbols) as gdb:
+        before = kvm_modes(gdb), rows(gdb.execute("vt where --json"))
+        gdb.execute("thread 1")
+        offset = gdb.evaluate("((unsigned long *)&__per_cpu_offset)[1]")
+        mode = f"(*(struct kvm_vcpu **)((char *)&kvm_running_vcpu + {offset:#x}))->mode"
+        assert gdb.evaluate(mode) == 1
+        try:
+            gdb.execute(f"set var {mode} = 2")
+            assert (kvm_modes(gdb), rows(gdb.execute("vt where --json"))) == before
+        finally:
+            gdb.execute(f"set var {mode} = 1")
+
+
+def kvm_modes(gdb: MiPort) -> List[Tuple[int, int, str]]:
+    text = gdb.execute("kvm list --json")
+    return [(row["pid"], row["vcpu"], row["mode"]) for row in json.loads(text[text.index("{"):])["vcpus"]]
+
+
 # --- both processors in guests ----------------------------------------------------------------------------------------------------
 
 
@@ -446,7 +497,6 @@ def test_kernel_is_found_while_no_processor_is_in_the_host(both: Smp, symbols: P
     with MiPort(f"127.0.0.1:{both.port}") as plain:
         from vtdbg.linux.kernel import Kernel, Symbols, find_root
         from vtdbg.linux.kvm import read_kvm
-        from vtdbg.targets.live import LiveMachine
 
         plain.load_symbols(str(symbols))
         machine = LiveMachine(plain)
@@ -462,19 +512,62 @@ def test_kernel_is_found_while_no_processor_is_in_the_host(both: Smp, symbols: P
 
 
 def test_a_guests_guest_is_not_guessed(nested: Smp) -> None:
-    """L2 has the tables of VM A's guest and, as VMRUN loads no TR, a TR that says nothing.  Where the other processor is in such a guest too, both
-    VMCBs are named and none is taken; where it is in the host for a moment, what is left is right."""
+    """L2 has the tables of VM A's guest and, as VMRUN loads no TR, a TR that says nothing.  The other processor is in such a guest too: both VMCBs
+    are named and none is taken."""
     with plugged(nested.port, "set width 150") as gdb:
         found = rows(gdb.execute("vt where --json"))
-        assert found[2]["mode"] == "GUEST"
-        if found[1]["mode"] != "GUEST":
-            assert int(found[2]["block"], 16) == nested.state["vmcb"]["l2"]
-            return
-        assert found[2]["block"] is None
+        assert found[1]["mode"] == found[2]["mode"] == "GUEST" and found[2]["block"] is None
         for name in ("a0", "l2"):
             assert f"{nested.state['vmcb'][name]:#x}" in found[2]["reason"]
         gdb.execute("thread 2")
         assert "which VMCB?" in error(gdb, 'print $vmcb("rip")')
+
+
+def test_documented_sessions_are_real(nested: Smp, symbols: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/gdb.md shows what GDB prints here, from the file of symbols that `kvm symbols` made on."""
+    monkeypatch.chdir(symbols.parent)
+    with PtyGdb(f"target remote 127.0.0.1:{nested.port}") as gdb:
+        assert gdbdocs.check(gdb, "live, QEMU at", symbols=True) == 2
+    assert not nested.running
+
+
+class Cut(MiPort):
+    """A Ctrl-C at the `at`-th command to gdb."""
+
+    at, seen = -1, 0
+
+    def _ask(self, command: str, patience: Any = None) -> List[Dict[str, Any]]:
+        self.seen += 1
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+        return super()._ask(command, patience)
+
+
+def test_ctrl_c_while_it_is_found_out_where_the_processors_are(nested: Smp, symbols: Path) -> None:
+    """Whatever was being looked at: the next command finds the same as if there had been none, KVM's objects included."""
+    def found(machine: LiveMachine) -> object:
+        machine.refresh()
+        state = machine.kvm()
+        assert state is not None
+        blocks = [(vcpu.title, block.name, block.address) for vcpu in state.vcpus for block in vcpu.blocks]
+        return machine.provenance, machine.warnings, blocks, [(seen.where.text, seen.current) for seen in machine.processors.all()]
+
+    with Cut(f"127.0.0.1:{nested.port}") as gdb:
+        gdb.load_symbols(str(symbols))
+        machine = LiveMachine(gdb)
+        wanted = found(machine)
+        machine.ran()
+        gdb.seen = 0
+        assert found(machine) == wanted
+        whole = gdb.seen
+        for number in range(1, whole + 1, max(whole // 16, 1)):
+            machine.ran()
+            gdb.at, gdb.seen = number, 0
+            with pytest.raises(KeyboardInterrupt):
+                found(machine)
+            gdb.at = -1
+            assert found(machine) == wanted, (number, whole)
+        machine.mode.virtual()
 
 
 def test_a_guests_guest_by_kvms_objects(nested: Smp, symbols: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -143,6 +144,20 @@ def test_cpuid_msr_and_sgdt(at_handler: MiPort) -> None:
     assert "0x756e6547" in at_handler.execute("cpuid 0 --yes")
     assert "REVISION=0x2b" in at_handler.execute("msr read IA32_VMX_BASIC --yes")
     assert "0x0020" in at_handler.execute("sgdt --yes")
+    assert everything(at_handler) == before
+
+
+def test_an_outer_frame_is_the_users_own(at_handler: MiPort) -> None:
+    """In `frame 1` GDB's registers are what it takes for the caller's, and `set $rip` writes to the stack: what is shown and changed is the
+    processor's, and the frame stays selected."""
+    before = everything(at_handler)
+    at_handler.execute("frame 1")
+    assert at_handler.registers()["rip"] != HANDLER
+    row = json.loads(at_handler.execute("vt where --json"))["processors"][0]
+    assert int(row["rip"], 16) == HANDLER
+    assert "0x756e6547" in at_handler.execute("cpuid 0 --yes")
+    assert "level 1" in at_handler.execute("info frame")
+    at_handler.execute("frame 0")
     assert everything(at_handler) == before
 
 
@@ -367,6 +382,19 @@ def test_open_takes_a_live_target(stub: VmxStub) -> None:
         rip = machine.port.registers()["rip"]  # type: ignore[attr-defined]
     with MiPort(f"127.0.0.1:{stub.port}") as gdb:
         assert gdb.registers()["rip"] == rip
+
+
+def test_the_python_that_is_printed_reads_the_same(stub: VmxStub) -> None:
+    """--python of a live source is `vtdbg.open`, or what takes the options that were given."""
+    source = f"gdb:127.0.0.1:{stub.port}"
+    with MiPort(source[4:]) as gdb:
+        page = vmcs_page(gdb)
+    for options, opened in (((), f"machine = vtdbg.open({source!r})"),
+                            (("--no-fast", "--thread", "1"), f"machine = connect({source!r}, fast=False, thread=1)")):
+        script = vtdbg("phys", hex(VMCS), "--length", "64", "--python", "-s", source, *options)
+        assert opened in script.splitlines()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (done.stdout.strip(), done.stderr) == (page[:64].hex(), "")
 
 
 def test_open_says_what_is_wrong_with_a_live_source() -> None:

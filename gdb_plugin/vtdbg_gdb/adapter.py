@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional
+from typing import Any, Callable, Iterator, Mapping, Optional
 
 import gdb
 
@@ -151,14 +151,54 @@ class InProcessPort(GdbPort):
         if number == self.selected():
             yield
             return
+        # A thread that is selected again is at its innermost frame.
+        with self._frame_kept(), super().viewed_from(number):
+            yield
+
+    @contextmanager
+    def _frame_kept(self) -> Iterator[None]:
+        """The frame that the user has selected is selected again at the end."""
         level = self._level()
         try:
-            with super().viewed_from(number):
-                yield
+            yield
         finally:
-            # A thread that is selected again is at its innermost frame.
             if level:
-                carried_out(lambda: self.execute(f"frame {level}"))
+                carried_out(lambda: self._select_frame(level))
+
+    def _select_frame(self, level: int) -> None:
+        """Not by GDB's command `frame`, which says so in the middle of a report."""
+        try:
+            frame = gdb.newest_frame()
+            for _ in range(level):
+                frame = frame.older() or frame
+            frame.select()
+        except gdb.error as error:
+            raise error_of(str(error), self._where()) from error
+
+    @contextmanager
+    def _innermost(self) -> Iterator[None]:
+        """In an outer frame (`up`, `frame 1`) GDB's registers are those of the caller, and to write one writes to the stack: inside, the frame is
+        that of the processor."""
+        if not self._level():
+            yield
+            return
+        with self._frame_kept():
+            self._select_frame(0)
+            yield
+
+    def registers(self) -> Mapping[str, Optional[int]]:
+        with self._innermost():
+            return super().registers()
+
+    def write_register(self, name: str, value: int) -> None:
+        with self._innermost():
+            super().write_register(name, value)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        # A step selects the innermost frame, too.
+        with self._innermost(), super().stepping():
+            yield
 
     @staticmethod
     def _level() -> int:

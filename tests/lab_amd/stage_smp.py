@@ -61,7 +61,10 @@ def main():
         else:
             vmruns(result, "l2")
             until(truth("l2_loop"), 2, TRIES)
-            break
+            if guest_of(rip_of(1)) != "a0":
+                until(truth("a0_loop"), 1, TRIES)
+            if [guest_of(rip_of(thread)) for thread in (1, 2)] == ["a0", "l2"]:
+                break
     else:
         raise gdb.GdbError(f"never {point}")
     result["rip"], result["cr3"] = {}, {}

@@ -35,6 +35,10 @@ class PtyGdb:
         os.close(theirs)
         self.banner = self.prompt()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def command(self, line: str) -> str:
         self.type(line)
         return self.prompt().partition("\n")[2]

@@ -15,6 +15,8 @@ LONGEST = 4096
 """VMs, and vCPUs of one (KVM_MAX_VCPUS is 4096 at most)."""
 MOST_NOTES = 8
 _NO_CPU = -1
+_IN_GUEST = (1, 2)
+"""IN_GUEST_MODE, and EXITING_GUEST_MODE: another processor wants this one to leave its guest, and it has not left yet (enum in kvm_host.h)."""
 
 
 class Variant(NamedTuple):
@@ -66,6 +68,7 @@ class Vcpu:
     id: int
     cpu: Optional[int]
     in_guest: Optional[bool]
+    """It is in its guest, or just before or behind it."""
     blocks: Tuple[KvmBlock, ...]
     vm: int
     pid: Optional[int]
@@ -193,7 +196,7 @@ def _vcpu_pointers(kernel: Kernel, vm: int) -> Iterator[int]:
 def _vcpu(kernel: Kernel, vendor: str, pointer: int, vm: int, pid: Optional[int]) -> Vcpu:
     symbols = kernel.symbols
     cpu = kernel.number(pointer, "kvm_vcpu", "cpu")
-    in_guest = kernel.number(pointer, "kvm_vcpu", "mode") == 1 if symbols.has("kvm_vcpu", "mode") else None
+    in_guest = kernel.number(pointer, "kvm_vcpu", "mode") in _IN_GUEST if symbols.has("kvm_vcpu", "mode") else None
     outer = pointer - symbols.offset(f"vcpu_{vendor}", "vcpu")
     blocks, vmcb12 = (_svm_blocks(kernel, outer), _vmcb12(kernel, outer)) if vendor == "svm" else (_vmx_blocks(kernel, outer), None)
     return Vcpu(pointer, kernel.number(pointer, "kvm_vcpu", "vcpu_id"), None if cpu == _NO_CPU else cpu, in_guest, tuple(blocks), vm, pid, vmcb12)
