@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Tuple
@@ -136,6 +138,27 @@ def test_logs_in_the_encodings_that_tools_write(ran: Ran, tmp_path: Path, conten
 def test_a_text_without_end_is_refused(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vtdbg.commands.select.LONGEST_TEXT", 1 << 16)
     assert "no log is so long" in ran.refused("vmcs dump --text /dev/zero")
+
+
+def test_a_file_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    """A path is bytes: it need not be in the terminal's encoding, nor in any."""
+    for name, shown in ((b"\xd1\x84.raw", "\\u0444.raw"), (b"\xff.raw", "\\udcff.raw")):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        with open(path, "wb") as file:
+            file.write(bytes(4096))
+        done = subprocess.run([sys.executable, "-m", "vtdbg", "source", "info", "-s", path], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
+        assert done.returncode == 0 and shown in done.stdout and not done.stderr, done
+
+
+def test_a_fifo_is_refused_and_not_waited_for(ran: Ran, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "not a regular file" in ran.refused("vmcs list -s", tmp_path / "fifo")
+
+
+def test_what_a_file_of_values_holds_is_printed_in_ascii(ran: Ran, tmp_path: Path) -> None:
+    (tmp_path / "msrs").write_bytes(bytes(range(256)) * 40)
+    assert "no MSR value" in ran.refused("caps show", tmp_path / "msrs")
 
 
 @given(st.text(max_size=20))

@@ -50,12 +50,21 @@ def _shell(words: Sequence[str]) -> int:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Runs one command; the return value is the exit status."""
+    if arguments is None:
+        _escape_what_cannot_be_printed()
     try:
         return _run(arguments)
     except KeyboardInterrupt:
         # Here and not further in: one that comes while a session is being closed is one line too.
         print("vtdbg: interrupted", file=sys.stderr)
         return 130
+
+
+def _escape_what_cannot_be_printed() -> None:
+    """The name of a file can hold what the terminal's encoding does not have, or no characters at all; Python escapes such only on stderr."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: Optional[Sequence[str]]) -> int:

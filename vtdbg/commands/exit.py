@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, TypeVar
 
 from vtdbg.commands.records import unparsed_block
 from vtdbg.commands.registry import Arg, Opt, verb
-from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks, read_text
+from vtdbg.commands.select import STALE_VMCB, STALE_VMCS, chosen_vmcb, chosen_vmcs, found_blocks, of_index, read_text
 from vtdbg.commands.session import Session, given_registers
 from vtdbg.errors import FormatError, UnknownName, UsageError
 from vtdbg.explain import Advice, Explanation, Fact
@@ -243,10 +243,8 @@ def _from_text(report: Report, path: str, index: Optional[int], registers: Mappi
     dumps = [dump for dump in textdump.parse(read_text(path)) if dump.kind in ("vmcs", "vmcb") and dump.values]
     if not dumps:
         raise FormatError(path, f"no VMCS or VMCB dump in it; looked for {textdump.LOOKED_FOR}")
-    if index is not None and not 0 <= index < len(dumps):
-        raise UsageError(f"--index {index}: the text has {len(dumps)} dumps, 0 to {len(dumps) - 1}")
     report.header = f"from text {path}"
-    for dump in dumps if index is None else [dumps[index]]:
+    for dump in dumps if index is None else [of_index(dumps, index, "dump")]:
         if dump.kind == "vmcb":
             found: Explanation = explain_svm_exit(vmcb=dump.vmcb(), registers=registers, **svm)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from contextlib import nullcontext
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, ContextManager, List, NamedTuple, Optional, Sequence, Tuple
@@ -14,6 +13,7 @@ from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.session import Session
 from vtdbg.errors import FormatError, UsageError
 from vtdbg.numbers import parse_number, size_text
+from vtdbg.plain_text import decode
 from vtdbg.scanner import Found
 from vtdbg.svm import recognise
 from vtdbg.svm.vmcb import Vmcb
@@ -78,9 +78,10 @@ def read_text(path: str) -> str:
         raise FormatError(path, f"cannot be read: {error.strerror or error}") from error
     if len(content) > LONGEST_TEXT:
         raise FormatError(path, f"more than {size_text(LONGEST_TEXT)}: no log is so long (a memory image is named with -s)")
-    # Windows' tools write UTF-16 and byte-order marks (PowerShell's >, WinDbg's .logopen /u).
-    encoding = "utf-16" if content[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
-    return content.decode(encoding, "replace").replace("\r\n", "\n").replace("\r", "\n")
+    found = decode(content)
+    if not found.strip():
+        raise FormatError(path, "there is no text in it")
+    return found
 
 
 def _opened(path: str) -> ContextManager[BinaryIO]:
@@ -102,19 +103,27 @@ def text_dumps(path: str, kind: str, index: Optional[int]) -> "List[TextDump]":
         raise FormatError(path, error.message) from error
     if index is None:
         return found
-    if not 0 <= index < len(found):
-        raise UsageError(f"--index {index}: the text has {len(found)} {kind.upper()} dumps, 0 to {len(found) - 1}")
-    return [found[index]]
+    return [of_index(found, index, f"{kind.upper()} dump")]
 
 
 def aligned_page(session: Session, address: int, what: str) -> bytes:
     """The 4 KiB at an address that has to be page-aligned."""
     if address & 0xFFF:
-        as_hexadecimal = int(str(address), 16) if address >= 0 else 0
+        if address < 0:
+            raise UsageError(f"{what} address {address:#x} is negative")
+        as_hexadecimal = int(str(address), 16)
         meant = f"{address} without 0x is decimal; did you mean 0x{address}?" if as_hexadecimal and not as_hexadecimal & 0xFFF else \
             f"did you mean {address & ~0xFFF:#x}?"
         raise UsageError(f"{what} address {address:#x} is not 4 KiB aligned (bits 11:0 must be 0); {meant}")
     return session.machine.memory.read_page(address)
+
+
+def of_index(dumps: "Sequence[TextDump]", index: int, what: str) -> "TextDump":
+    """The dump that --index names."""
+    if 0 <= index < len(dumps):
+        return dumps[index]
+    has = f"one {what}, index 0" if len(dumps) == 1 else f"{len(dumps)} {what}s, index 0 to {len(dumps) - 1}"
+    raise UsageError(f"--index {index}: the text has {has}")
 
 
 def fields_and_address(words: Sequence[str], at: Optional[int], numbers_below: int) -> Tuple[List[str], Optional[int]]:

@@ -67,7 +67,7 @@ def what_it_is(header: bytes) -> Optional[str]:
     if _is_portable_executable(header):
         return "a Windows executable (PE): give a memory dump"
     if _is_text(header[:4096]):
-        return "a text file, not memory: give a memory dump (format='raw' forces)"
+        return "a text file, not memory: a log is given with --text (the format raw takes any file for memory)"
     return None
 
 

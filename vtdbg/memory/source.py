@@ -59,7 +59,8 @@ class DumpFile(ByteSource):
         self.path = os.fspath(path)
         self._map: Optional[mmap.mmap] = None
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # A FIFO would wait for its writer: it is opened to be refused.
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except (OSError, ValueError) as error:
             raise FormatError(self.path, f"cannot be opened: {_reason(error)}") from error
         try:

@@ -74,7 +74,7 @@ def read(source: ByteSource) -> Machine:
     beside = _beside(source.path, (".vmss", ".vmsn"))
     if beside is None:
         raise source.error("neither a VMware state file nor a .vmem with a .vmss or .vmsn of the same name beside it; "
-                           "format='raw' reads it as it is")
+                           "the format raw reads it as it is")
     sidecar = DumpFile(beside)
     try:
         state = read_state(sidecar)

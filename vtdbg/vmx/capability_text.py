@@ -18,11 +18,13 @@ from vtdbg.bits import BitField
 from vtdbg.errors import FormatError, UnknownName, VtdbgError
 from vtdbg.names import near_names
 from vtdbg.numbers import parse_number
+from vtdbg.plain_text import decode
 from vtdbg.record import name_key
 from vtdbg.vmx.capabilities import WORD_SOURCES, MsrKey, VmxCapabilities, msr_index, msr_name
 from vtdbg.x86 import msrs
 
 MAX_TEXT = 64 << 20
+MAX_LINE = 4096
 """Bytes of a file that are worth reading: logs are smaller."""
 
 SHOWN_LINES = 5
@@ -92,7 +94,8 @@ class _Reader:
             self.warnings.append(f"{msr_name(index)} is {before:#x} in line {first} and {value:#x} in line {line}: the first is used")
 
     def line(self, number: int, line: str) -> None:
-        text = line.strip()
+        # No tool writes longer lines; what is no text at all can be one.
+        text = line[:MAX_LINE].strip()
         if not text or (text.startswith("#") and not _COMMAND.search(text)):
             return
         if not _BARE.match(text):
@@ -190,14 +193,14 @@ class _Reader:
 
     def capabilities(self) -> VmxCapabilities:
         if not self.values and not self.partial and not self.cpuid and self.widths == (None, None):
-            first = f"; line {self.strange[0][0]} is {self.strange[0][1][:60]!r}" if self.strange else ""
+            first = f"; line {self.strange[0][0]} is {self.strange[0][1][:60]!a}" if self.strange else ""
             raise FormatError(self.source, "no MSR value in it: expected lines like 'IA32_VMX_BASIC = 0x...', '0x480 0x...' or rdmsr output, "
                               f"or JSON{first}")
         return VmxCapabilities(self.values, physical_address_width=self.widths[0], linear_address_width=self.widths[1], cpuid=self.cpuid,
                                origin=self.source, warnings=(*self.warnings, *self._not_understood()), partial=self.partial)
 
     def _not_understood(self) -> List[str]:
-        shown = [f"line {number} was not understood: {text[:80]!r}" for number, text in self.strange[:SHOWN_LINES]]
+        shown = [f"line {number} was not understood: {text[:80]!a}" for number, text in self.strange[:SHOWN_LINES]]
         more = len(self.strange) - len(shown)
         return [*shown, f"{more} more lines were not understood"] if more else shown
 
@@ -250,7 +253,7 @@ def _from_json(text: str, source: str) -> VmxCapabilities:
         try:
             index = msr_index(key)
         except UnknownName as error:
-            warnings.append(f"key {key!r} was not understood: {error}")
+            warnings.append(f"key {key!a} was not understood: {error}")
             continue
         values[index] = _json_number(source, key, value)
     if not values:
@@ -273,7 +276,7 @@ def _json_number(source: str, key: str, value: Any) -> int:
         except VtdbgError as error:
             raise FormatError(source, f"{key}: {error}") from None
     else:
-        raise FormatError(source, f"{key}: {value!r} is not a number")
+        raise FormatError(source, f"{key}: {value!a} is not a number")
     if number < 0 or number >> 64:
         raise FormatError(source, f"{key}: {number:#x} does not fit in 64 bits")
     return number
@@ -307,7 +310,7 @@ def parse_file(path: Union[str, Path]) -> VmxCapabilities:
             data = file.read(MAX_TEXT)
     except (OSError, ValueError) as error:
         raise FormatError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return parse(data.decode("utf-8", "replace"), str(path))
+    return parse(decode(data), str(path))
 
 
 @cache

@@ -54,6 +54,8 @@ def parse_layout(data: bytes, path: str) -> Layout:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
     except RecursionError as error:
         raise FormatError(path, "not a layout file: JSON nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(path, f"not a layout file: no UTF-8 text at byte {error.start:#x}") from error
     except ValueError as error:
         raise FormatError(path, f"not a layout file: {_one_line(error)}") from error
     return _LayoutFile(path, content).layout()
