@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple, TypeVar
 
+from support.live import PATIENCE
+
 from . import build
 
 POINTS = ("vmrun", "guest", "exit")
 """At VMRUN; in the guest, after an exit for #UD; in the host just after #VMEXIT 0x400 (NPF)."""
 SMP_POINTS = ("one", "both", "nested")
 """Processor 1 in vCPU 1 of VM A and processor 0 in the host; both in VM A; processor 1 in the guest of VM B's guest."""
-BOOT_PATIENCE = 400
+BOOT_PATIENCE = 4 * PATIENCE
 MEMORY = 96 << 20
 
 S = TypeVar("S", bound="Staged")
@@ -34,22 +36,29 @@ class Qemu:
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         build.require("qemu-system-x86_64", "gdb")
-        self.folder, self.port = folder, free_port()
+        self.folder = folder
         self._log = open(folder / "qemu.log", "wb")     # noqa: SIM115 - it lives as long as the process
-        command = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-gdb", f"tcp:127.0.0.1:{self.port}",
-                   "-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off", *arguments]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
-        end = time.monotonic() + 20
-        while not self._listens():
-            if self.process.poll() is not None or time.monotonic() > end:
+        while not self._started(arguments):
+            said = (folder / "qemu.log").read_text(errors="replace")
+            # Somebody else had the port first.
+            if "in use" not in said or said.count("\n") > 9:
                 self.close()
-                raise RuntimeError("QEMU does not start: " + (folder / "qemu.log").read_text(errors="replace")[-500:])
-            time.sleep(0.05)
+                raise RuntimeError("QEMU does not start: " + said[-500:])
 
-    def _listens(self) -> bool:
-        # Looked up, not tried: QEMU serves one debugger, and a connection is one.
-        wanted = f"0100007F:{self.port:04X}"
-        return any(row.split()[1] == wanted and row.split()[3] == "0A" for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    def _started(self, arguments: Sequence[str]) -> bool:
+        self.port = free_port()
+        command = ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-gdb", f"tcp:127.0.0.1:{self.port}",
+                   "-qmp", f"unix:{self.folder}/qmp.sock,server=on,wait=off", *arguments]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True)
+        end = time.monotonic() + PATIENCE
+        while self.process.poll() is None and time.monotonic() < end:
+            # QMP is answered once everything is there.  The port itself is not tried: QEMU serves one debugger, and a connection is one.
+            try:
+                self.qmp("query-status")
+                return True
+            except (OSError, ValueError):
+                time.sleep(0.05)
+        return False
 
     @property
     def source(self) -> str:
@@ -63,7 +72,7 @@ class Qemu:
 
     def qmp(self, execute: str, **arguments: Any) -> Any:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(60)
+            connection.settimeout(PATIENCE)
             connection.connect(str(self.folder / "qmp.sock"))
             with connection.makefile("rw", encoding="utf-8") as stream:
                 stream.readline()

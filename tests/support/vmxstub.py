@@ -10,8 +10,6 @@ import os
 import subprocess
 from typing import Dict
 
-from lab_amd.machine import free_port
-
 from support.vmxcpu import build
 
 START, HANDLER, GUEST, GUEST_PML4, VMCS = 0x1A000, 0x1A400, 0x1B000, 0x1C000, 0x6000
@@ -27,8 +25,7 @@ class VmxStub:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         environment.update(LD_PRELOAD=str(build.shim()), PYTHONPATH=str(build.wheel(interpreter)),
                            VMXCPU_MODEL="corei3_cnl", PYTHONDONTWRITEBYTECODE="1")
-        self.port = free_port()
-        command = [interpreter, str(build.HERE.parent / "vmxstub_server.py"), str(self.port), dialect]
+        command = [interpreter, str(build.HERE.parent / "vmxstub_server.py"), dialect]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         text=True, env=environment)
         assert self.process.stdout is not None
@@ -36,7 +33,9 @@ class VmxStub:
         if not line.startswith("READY"):
             self.close()
             raise RuntimeError("the VMX stub does not start")
-        self.layout: Dict[int, int] = ast.literal_eval(line[5:].strip())
+        self.port: int
+        self.layout: Dict[int, int]
+        self.port, self.layout = ast.literal_eval(line[5:].strip())
 
     def close(self) -> None:
         self.process.kill()

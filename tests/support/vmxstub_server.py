@@ -1,7 +1,8 @@
 """A live VMX target: a processor model in VMX root operation behind a gdbstub, with a small hypervisor in its memory.
 
-Run by `vmxstub.py` in the processor model's interpreter: vmxstub_server.py PORT DIALECT.  DIALECT "vmware" answers `monitor phys` and
-`monitor virt` and shows control registers; "plain" has neither, like Bochs' own stub.  Prints "READY" when it listens.
+Run by `vmxstub.py` in the processor model's interpreter: vmxstub_server.py DIALECT.  DIALECT "vmware" answers `monitor phys` and
+`monitor virt` and shows control registers; "plain" has neither, like Bochs' own stub.  When it listens it prints "READY", its port and
+the layout of the VMCS.
 """
 
 from __future__ import annotations
@@ -292,10 +293,10 @@ class Stub:
 def main(arguments: List[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)       # the model prints where it likes
-    stub = Stub(Target(), arguments[1])
-    listener = socket.create_server(("127.0.0.1", int(arguments[0])))
+    stub = Stub(Target(), arguments[0])
+    listener = socket.create_server(("127.0.0.1", 0))
     layout: Dict[int, int] = {encoding: place[0] for encoding, place in stub.target.processor.layout.items()}
-    answers.write(f"READY {layout!r}\n")
+    answers.write(f"READY {(listener.getsockname()[1], layout)!r}\n")
     answers.flush()
     while True:
         connection, _ = listener.accept()
