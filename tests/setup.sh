@@ -20,9 +20,15 @@ need /usr/lib/wine/wine64 wine64
 need x86_64-w64-mingw32-gcc gcc-mingw-w64-x86-64-win32
 [ -z "$missing" ] && exit 0
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    apt-get update -qq
-    # shellcheck disable=SC2086  # a list of package names
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing >/dev/null
+    # Another apt may be at work (a fresh machine updates itself), and a download may fail once.
+    patient="-o DPkg::Lock::Timeout=900 -o Acquire::Retries=5"
+    # shellcheck disable=SC2086  # a list of options
+    for pause in 10 30 60 0; do
+        apt-get $patient update -qq && break
+        sleep $pause
+    done
+    # shellcheck disable=SC2086  # lists of options and of package names
+    DEBIAN_FRONTEND=noninteractive apt-get $patient install -y -qq $missing >/dev/null
 else
     echo "tests that need these are skipped; to have them: apt-get install$missing" >&2
 fi
