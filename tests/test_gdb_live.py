@@ -239,7 +239,7 @@ def test_a_connection_that_breaks_in_a_read_is_repaired(guest: Lab) -> None:
     """QEMU keeps physical mode over a disconnect: the next command after connecting again ends it, and says so."""
     with Wire(guest.port, after=b"$m", count=300) as wire, plugged(wire.port) as gdb:
         before = gdb.execute("info registers")
-        line = error(gdb, "vmcb list --no-fast")
+        line = error(gdb, "vmcb list --scan all --no-fast")
         assert "connection to the target is lost" in line
         assert "no target" in error(gdb, "vmcb list")
     with MiPort(f"127.0.0.1:{guest.port}") as plain:

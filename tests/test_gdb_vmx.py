@@ -322,6 +322,22 @@ def _without_samples(path: Path, folder: Path) -> Path:
     return folder / "bare.json"
 
 
+def test_functions_in_a_breakpoints_condition(at_handler: MiPort, stub: VmxStub) -> None:
+    """GDB goes on until the exit is the wanted one, by the processor's own VMCS: five exits in a loop, each of them found, though GDB says of a
+    target whose condition it looks at that it runs."""
+    for wanted in (12, 18, 48, 31, 10, 10):
+        at_handler.execute(f"hbreak *{HANDLER:#x} if $exit_reason() == {wanted}")
+        at_handler.execute("continue")
+        assert at_handler.registers()["rip"] == HANDLER
+        place = stub.layout[0x4402]
+        assert int.from_bytes(vmcs_page(at_handler)[place:place + 2], "little") == wanted == at_handler.evaluate("$exit_reason()")
+        at_handler.execute("delete")
+    at_handler.execute(f'hbreak *{HANDLER:#x} if $vmcs("GUEST_RIP", {VMCS:#x}) == {GUEST + 4:#x} && $exit_reason() == 18')
+    at_handler.execute("continue")
+    assert at_handler.evaluate('$vmcs("GUEST_RIP")') == GUEST + 4
+    at_handler.execute("delete")
+
+
 def test_exit_trace(at_handler: MiPort) -> None:
     """The guest's loop exits for CPUID, VMCALL, RDMSR, an EPT violation and HLT, in this order for ever; the breakpoint is gone afterwards."""
     text = at_handler.execute(f"vt exit trace {HANDLER:#x} --count 10 --vmcs {VMCS:#x} --json")
@@ -364,6 +380,19 @@ def test_expressions_in_a_session_of_our_own(stub: VmxStub) -> None:
             line = vtdbg(*words, "-s", source, status=2)
             assert said in line and line.count("\n") == 1, line
     assert "is not a number" in vtdbg("phys", "$rip", "-s", "sample:svm", status=2)
+
+
+def test_an_expression_that_reads_memory_in_a_guest(at_handler: MiPort, stub: VmxStub) -> None:
+    """GDB reads through the guest's CR3 then, without an error: that is said, in the plugin and outside; not of registers, and not in the host."""
+    said, memory = "through the page tables of the guest", f"*(unsigned long *){GUEST:#x} & 0xfff"
+    assert said not in " ".join(at_handler.execute(f"phys '{memory}' 1x").split())
+    assert at_handler.run_to(GUEST + 2)
+    at_handler.execute(f"vmcs get GUEST_RIP --at {VMCS:#x}")
+    assert said in " ".join(at_handler.execute(f"phys '{memory}' 1x").split())
+    for other in ("$rip", "$rax * 0 + 4096", "0x1000"):
+        assert said not in " ".join(at_handler.execute(f"phys '{other}' 1x").split()), other
+    assert at_handler.run_to(HANDLER)
+    assert at_handler.reads_memory(memory) and not at_handler.reads_memory("(unsigned long *)$rax") and not at_handler.reads_memory("$rax*2")
 
 
 def test_a_session_of_our_own(stub: VmxStub) -> None:

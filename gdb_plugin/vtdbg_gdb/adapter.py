@@ -69,8 +69,19 @@ class InProcessPort(GdbPort):
         thread = gdb.selected_thread()
         if thread is None or not thread.is_valid():
             raise TargetError(NO_TARGET)
-        if thread.is_running():
+        if thread.is_running() and not self.in_condition:
             raise TargetError(NOT_STOPPED)
+
+    @property
+    def in_condition(self) -> bool:
+        """Is a breakpoint's condition being evaluated?  For GDB's user the target runs then, and still it has a frame."""
+        thread = gdb.selected_thread()
+        if thread is None or not thread.is_running():
+            return False
+        try:
+            return bool(gdb.selected_frame().is_valid())
+        except gdb.error:
+            return False
 
     def monitor(self, command: str) -> str:
         # GDB lets a Ctrl-C end `monitor` before it has read the answer, which it would then take for the answer of the next packet (remote.c,

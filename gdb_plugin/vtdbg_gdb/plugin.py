@@ -211,8 +211,12 @@ class Function(gdb.Function):
         plain = [item.string() if item.type.strip_typedefs().code in (gdb.TYPE_CODE_ARRAY, gdb.TYPE_CODE_PTR) and _is_text(item)
                  else int(item) & (1 << 64) - 1 for item in arguments]
         try:
-            with self._front.session.command():
-                return self._what(self._front.session, *plain)
+            session = self._front.session
+            if session.port.in_condition:
+                # GDB tells nobody when it goes on because a condition does not hold.
+                session.forget()
+            with session.command():
+                return self._what(session, *plain)
         except VtdbgError as error:
             raise gdb.GdbError(f"vt: {error}".replace("\n", " ")) from None
         except TypeError as error:

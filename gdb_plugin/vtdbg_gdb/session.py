@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack, contextmanager
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import gdb
 
@@ -46,6 +46,7 @@ class GdbSession(Session):
         self._stack: Optional[ExitStack] = None
         self._lost_at: Optional[str] = None
         self.said: Optional[str] = None
+        self._evaluated: List[str] = []
 
     @property
     def _outermost(self) -> LiveMachine:
@@ -62,6 +63,8 @@ class GdbSession(Session):
         if self._stack is not None:
             self._stack.enter_context(self._live.reading())
         self._live.refresh()
+        while self._evaluated:
+            self.said = self._live.doubt(self._evaluated.pop()) or self.said
         return self._live
 
     def _look_from(self, symbols: Tuple[str, ...], thread: Optional[int]) -> None:
@@ -77,6 +80,7 @@ class GdbSession(Session):
         """The physical reads of one command share one switch of the stub's mode."""
         with ExitStack() as stack:
             self._stack = stack
+            self._evaluated.clear()
             try:
                 yield
             except TargetGone:
@@ -126,4 +130,7 @@ class GdbSession(Session):
     def _evaluate(self, expression: str) -> int:
         if self._live is not None:
             self._live.mode.virtual()
-        return self.port.evaluate(expression)
+        value = self.port.evaluate(expression)
+        # Where the processor is, is found out when the command needs the target.
+        self._evaluated.append(expression)
+        return value

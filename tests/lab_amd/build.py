@@ -65,9 +65,8 @@ def build() -> Built:
     target = CACHE / f"{version}-{hashlib.sha256(source).hexdigest()[:12]}"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            _make(tree, version, Path(folder))
-            os.rename(folder, target)
-            os.mkdir(folder)        # for the context manager to remove
+            _make(tree, version, Path(folder) / "made")
+            _put(Path(folder) / "made", target)
     return Built(tree / f"boot/vmlinuz-{version}", target / "initrd.gz",
                  int((target / "ready").read_text(), 16), int((target / "smp_ready").read_text(), 16),
                  tree / f"lib/modules/{version}/kernel/arch/x86/kvm")
@@ -80,11 +79,21 @@ def _unpack_kernel(package: str) -> Path:
         _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", package], folder)
         archive = next(folder.glob("*.deb"))
         _run(["dpkg", "-x", archive.name, "tree"], folder)
-        os.rename(folder / "tree", target)
+        _put(folder / "tree", target)
     return target
 
 
+def _put(made: Path, target: Path) -> None:
+    """Two runs at a time make the same; the first one's serves."""
+    try:
+        os.rename(made, target)
+    except OSError:
+        if not target.exists():
+            raise
+
+
 def _make(tree: Path, version: str, folder: Path) -> None:
+    folder.mkdir()
     _run(["gcc", "-O1", "-static", "-no-pie", "-o", "vmm", str(HERE / "vmm.c")], folder)
     _run(["gcc", "-O1", "-static", "-no-pie", "-pthread", "-o", "smp", str(HERE / "smp.c")], folder)
     for program, symbol, file in (("vmm", "truth_ready", "ready"), ("smp", "smp_ready", "smp_ready")):

@@ -57,8 +57,8 @@ def check(gdb: PtyGdb, machine: str, symbols: bool = False) -> int:
 
 
 def normalised(text: str) -> str:
-    """Without what differs from run to run: the port, GDB's history numbers, the numbers of processes, and which addresses they are.  The same address
-    in two places is still the same; line breaks follow the length of the port."""
+    """Without what differs from run to run: the port, GDB's history numbers, the numbers of processes, and which addresses they are.  The same
+    address in two places is still the same; line breaks follow the length of the port."""
     names: Dict[str, str] = {}
 
     def name(match: Match[str]) -> str:

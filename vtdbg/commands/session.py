@@ -166,9 +166,7 @@ class Session:
             return parse_number(text)
         from vtdbg.commands.live import live_machine
 
-        machine = live_machine(self)
-        machine.mode.virtual()
-        return machine.port.evaluate(text)
+        return live_machine(self).evaluate(text)
 
     @property
     def layout(self) -> "Optional[Layout]":

@@ -206,6 +206,12 @@ def judge_page(page: bytes) -> Tuple[str, List[Evidence]]:
     return VMCB, [*evidence, _reserved(page)]
 
 
+def taken_for(page: bytes) -> str:
+    """VMCB or HOST_SAVE_AREA where the points of `judge_page` reach FITS, else empty."""
+    kind, evidence = judge_page(page)
+    return kind if sum(item.points for item in evidence) >= FITS else ""
+
+
 def _efer(page: bytes) -> Evidence:
     # What the marks let pass.
     if not _value(page, "efer") & _SVME:

@@ -23,6 +23,10 @@ GONE = "the connection to the target is lost: {text}; connect again (QEMU keeps 
 RUNNING = 0.3
 """Seconds that a Ctrl-C waits for a stop of the running target."""
 
+# A dereference (not a product or a pointer type), a member, an element.
+_DEREFERENCE = re.compile(r"(?:^|[-+*/%&|^~!<>=,(?:])\s*\*|->|\[")
+_WORD = re.compile(r"(?<![\w$.&>])[A-Za-z_]\w*")
+
 _WRONG = re.compile(r"'g' packet reply is too long|Truncated register \d+ in remote 'g' packet|Bogus trace status reply|unexpected register size")
 _RUNNING = re.compile(r"while the (?:target|selected thread|program) is running|Selected thread is running|target is running")
 _NONE = re.compile(r"has no registers now|No (?:selected )?(?:frame|thread|process)|not (?:being run|connected)|No registers|no process|"
@@ -114,6 +118,19 @@ class GdbPort(Port):
         if number is None:
             raise UsageError(f"{expression}: not a number ({text.strip()[:60]})")
         return int(number.group(1), 16)
+
+    def reads_memory(self, expression: str) -> bool:
+        return _DEREFERENCE.search(expression) is not None or any(self._is_variable(word) for word in _WORD.findall(expression))
+
+    def _is_variable(self, word: str) -> bool:
+        """Has it an address, and is it neither a function nor an array, which stand for theirs?"""
+        try:
+            self.execute(f"output &({word})")
+            return re.search(r"[\[(]", self.execute(f"whatis {word}")) is None
+        except TargetGone:
+            raise
+        except TargetError:
+            return False
 
     def monitor(self, command: str) -> str:
         return self.execute(f"monitor {command}").replace("\r\n", "\n")

@@ -13,7 +13,7 @@ from vtdbg.machine import Cpu, Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory
 from vtdbg.svm.npt import Npt
-from vtdbg.svm.recognise import FITS, VMCB, judge_page
+from vtdbg.svm.recognise import VMCB, taken_for
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.targets.where import of_vmcb, of_vmcs
 from vtdbg.vmx.capabilities import VmxCapabilities
@@ -62,8 +62,7 @@ def _control_block(page: bytes, address: int, layout: Union[None, str, Layout]) 
     try:
         return Vmcs.from_page(page, layout, f"page {address:#x}")
     except FormatError as error:
-        kind, evidence = judge_page(page)
-        if kind == VMCB and sum(item.points for item in evidence) >= FITS:
+        if taken_for(page) == VMCB:
             return Vmcb.from_page(page)
         raise UsageError(f"the page at {address:#x} is neither a VMCB nor a VMCS that can be read ({error})") from error
 

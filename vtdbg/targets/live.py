@@ -28,6 +28,8 @@ NOT_SEARCHED = ("none of the control blocks in the first {covered} of {total} is
                 "stub: type `vmcs list --scan all` or `vmcb list --scan all`, or name one by `vmcs dump ADDRESS`, `vmcb dump ADDRESS`")
 NO_RANGES = ("which memory exists is not known, so it was not searched for control blocks: name one by `vmcs dump ADDRESS` or `vmcb dump ADDRESS`, "
              "or search a part by `vmcs list --scan A-B`")
+THROUGH_GUEST = ("{expression}: the debugger has read memory for it through the page tables of the guest that the processor is in; what the "
+                 "hypervisor has at such an address it does not read")
 LEFT_PHYSICAL = ("the stub's memory packets were physical before this command (an earlier client left it so): virtual reads of every debugger "
                  "show physical memory; `maintenance packet Qqemu.PhyMemMode:0` ends it")
 
@@ -332,6 +334,22 @@ class LiveMachine(Machine):
             self.mode.virtual()
             self.port.select(thread)
 
+    def evaluate(self, expression: str) -> int:
+        """An expression of the debugger's; `warnings` say where its value may not be the hypervisor's."""
+        self.mode.virtual()
+        value = self.port.evaluate(expression)
+        doubt = self.doubt(expression)
+        if doubt and doubt not in self.warnings:
+            self.warnings.append(doubt)
+        return value
+
+    def doubt(self, expression: str) -> str:
+        """What has to be said of the value that the debugger has just given; empty for nothing."""
+        if self._where.mode != "guest":
+            return ""
+        self.mode.virtual()
+        return THROUGH_GUEST.format(expression=expression) if self.port.reads_memory(expression) else ""
+
     def release(self) -> None:
         """Puts the stub's mode back and lets go of the target without resuming it."""
         memory = self.memory.memory if isinstance(self.memory, LiveMemory) else self.memory
@@ -345,14 +363,13 @@ class LiveMachine(Machine):
 def _block_in(kind: str, address: int, page: bytes) -> List[Block]:
     """The control block if it is there: people name pages that hold none, memory is used for something else, and a page of zeros has the tables
     of a processor that was just reset.  FormatError for a page that is no VMCS."""
-    from vtdbg.svm.recognise import FITS, VMCB, judge_page
+    from vtdbg.svm.recognise import taken_for
     from vtdbg.svm.vmcb import Vmcb
     from vtdbg.vmx.vmcs import Vmcs
 
     if kind == "vmcs":
         return [of_vmcs(address, Vmcs.from_page(page))]
-    what, evidence = judge_page(page)
-    if (what == VMCB) != (kind == "vmcb") or sum(item.points for item in evidence) < FITS:
+    if KINDS.get(taken_for(page)) != kind:
         return []
     return [(of_vmcb if kind == "vmcb" else of_host_save_area)(address, Vmcb.from_page(page))]
 

@@ -73,6 +73,10 @@ class Port(ABC):
     def evaluate(self, expression: str) -> int:
         """An expression of the debugger's language; UsageError where it has no value."""
 
+    def reads_memory(self, expression: str) -> bool:
+        """Does the debugger read the target's memory for the value of an expression?  False where that is not known."""
+        return False
+
     # -- what a debugger may lack ----------------------------------------------------------------------------------------------
 
     def read_physical(self, address: int, size: int) -> bytes:
