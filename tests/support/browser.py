@@ -18,7 +18,7 @@ from typing import Any, Dict, List, Optional
 from support.live import PATIENCE, Unavailable
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-default-apps", "--force-device-scale-factor=1")
+         "--disable-dev-shm-usage", "--disable-component-update", "--disable-sync", "--disable-default-apps", "--force-device-scale-factor=1")
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 """Name of an element reference in WebDriver's JSON."""
 
@@ -96,11 +96,11 @@ class Browser:
         self._call("POST", self._session + "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def mouse(self, x: float, y: float, clicks: int = 0) -> None:
-        """The pointer to a place of the window, and clicks there."""
-        actions: List[Dict[str, Any]] = [{"type": "pointerMove", "duration": 0, "x": int(x), "y": int(y)}]
-        actions += [{"type": kind, "button": 0} for _ in range(clicks) for kind in ("pointerDown", "pointerUp")]
-        self._call("POST", self._session + "/actions", {"actions": [
-            {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": actions}]})
+        """The pointer to a place of the window, and clicks there, of which each is the next one of the same: two are a double click however long
+        they take."""
+        events = [("mouseMoved", 0), *((kind, count) for count in range(1, clicks + 1) for kind in ("mousePressed", "mouseReleased"))]
+        for kind, count in events:
+            self.tools("Input.dispatchMouseEvent", type=kind, x=int(x), y=int(y), button="left" if count else "none", clickCount=count)
 
     def screenshot(self) -> bytes:
         return base64.b64decode(self._call("GET", self._session + "/screenshot"))
