@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import struct
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -13,13 +14,15 @@ from support.work import processor_time
 from vtdbg.commands.run import run_words
 from vtdbg.commands.select import NESTED_ADDRESSES
 from vtdbg.commands.session import Session
-from vtdbg.hierarchy import Hierarchy, Hypervisor, hierarchy
+from vtdbg.enumeration import Enumeration
+from vtdbg.hierarchy import Hierarchy, Hypervisor, KvmPair, hierarchy
 from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory, memory_from_segments
 from vtdbg.memory.open import open_machine
 from vtdbg.render.text import render_text
 from vtdbg.scanner import Found, relate, scan
 from vtdbg.svm import fields as vmcb_fields
+from vtdbg.svm.npt import Npt
 from vtdbg.vmx import layouts
 from vtdbg.vmx.find import Budget
 from vtdbg.vmx.kvm_nested import nested_records
@@ -425,4 +428,100 @@ def test_the_commands_show_nested_svm(amd_exit: Path, amd_exit_truth: Dict[str, 
     assert not run_words(["report", str(tmp_path / "x.html")], session, lambda report, _options: "").error
     content = (tmp_path / "x.html").read_text()
     assert "Guest-physical address space through nCR3 0x20000" in content and "through nCR3 0x210000" in content
+    session.close()
+
+
+# --- nested SVM as KVM does it ------------------------------------------------------------------------------------------------------
+
+VMCB01, VMCB02, VMCB12, VMCB12_GPA = 0x5C6B000, 0x1E64000, 0x59C8000, 0x20000
+
+
+@pytest.fixture
+def kvm_nested() -> Ram:
+    """Pages of a machine with KVM (Linux 6.1) on an emulated SVM processor, stopped while the guest of VM B's guest ran: the VMCBs, their nested
+    tables and the guest pages.  Which VMCB is which was said by KVM's own objects (struct vcpu_svm), read with the kernel's types."""
+    data = lzma.decompress((Path(__file__).parent / "data" / "amd" / "kvm-nested-svm.pages.xz").read_bytes())
+    ram = Ram()
+    for at in range(0, len(data), 8 + 4096):
+        ram.put(struct.unpack_from("<Q", data, at)[0], data[at + 8:at + 8 + 4096])
+    return ram
+
+
+def changed(ram: Ram, vmcb: int, **values: int) -> None:
+    for name, value in values.items():
+        row = vmcb_fields.find(name.replace("__", "."))
+        ram.put(vmcb + row.offset, value.to_bytes(row.size, "little"))
+
+
+def ran_with(ram: Ram, kvm: "Dict[int, KvmPair] | None" = None) -> Tuple[Dict[int, str], List[int]]:
+    """What vmcb12's guest ran with, and the control blocks that are VMs of the hypervisor itself."""
+    tree = hierarchy(ram.memory, relate(scan(ram.memory), ram.memory), kvm)
+    vms = [vm for top in tree.hypervisors for vm in top.vms]
+    nested, = [block for vm in vms for inner in vm.hypervisors for one in inner.vms for block in one.blocks]
+    assert nested.address == VMCB12_GPA and nested.found.address == VMCB12
+    return nested.ran_with_by, sorted(block.address for vm in vms for block in vm.blocks)
+
+
+def moved_on(ram: Ram) -> Ram:
+    """The nested guest ran on since VMRUN: other registers, another stack."""
+    changed(ram, VMCB02, rip=0x10345, rsp=0x7FF00, rax=5, rflags=0x202)
+    return ram
+
+
+def test_right_after_the_nested_exit_the_guest_state_says_it(kvm_nested: Ram) -> None:
+    assert ran_with(kvm_nested) == ({VMCB02: "the same guest state"}, [0x4361000, VMCB01, 0x5DBD000])
+
+
+def test_a_nested_guest_that_runs_is_known_by_what_kvm_merged(kvm_nested: Ram) -> None:
+    """vmcb02 has the intercepts of both, vmcb01's maps (vmcb12 intercepts no MSR), the sum of the TSC offsets, and maps what both levels map."""
+    found, others = ran_with(moved_on(kvm_nested))
+    assert list(found) == [VMCB02] and found[VMCB02].startswith("intercepts, permission maps and TSC offset") and VMCB02 not in others
+
+
+@pytest.mark.parametrize(("at", "values"), [
+    (VMCB02, {"tsc_offset": 5}), (VMCB02, {"iopm_base_pa": 0x1E24000}), (VMCB02, {"msrpm_base_pa": 0x5DBE000}), (VMCB02, {"gdtr__base": 0x9000}),
+    (VMCB02, {"efer": 0x1D01}), (VMCB02, {"intercept_misc1": 0xBD4C8026}), (VMCB12, {"intercept_misc2": 0x80001}), (VMCB12, {"tsc_offset": 1}),
+    (VMCB12, {"intercept_misc1": 1 << 28})], ids=str)
+def test_one_thing_that_does_not_fit_and_nothing_is_claimed(at: int, values: Dict[str, int], kvm_nested: Ram) -> None:
+    changed(moved_on(kvm_nested), at, **values)
+    found, others = ran_with(kvm_nested)
+    assert not found and VMCB02 in others
+
+
+def test_tables_that_lead_elsewhere_do_not_fit(kvm_nested: Ram) -> None:
+    """One page of the tables with which the guest's guest ran, moved to another frame."""
+    moved_on(kvm_nested)
+    tables = Npt(int.from_bytes(kvm_nested.pages[VMCB02][0xB0:0xB8], "little"))
+    leaf = next(iter(Enumeration(kvm_nested.memory, tables).leaves()))
+    assert leaf.entry_address is not None
+    kvm_nested.put(leaf.entry_address, struct.pack("<Q", leaf.entry ^ 0x10000000))
+    assert ran_with(kvm_nested)[0] == {}
+
+
+def test_two_that_fit_alike_are_not_told_apart_by_guessing(kvm_nested: Ram) -> None:
+    moved_on(kvm_nested)
+    kvm_nested.put(0x1E65000, bytes(kvm_nested.pages[VMCB02]))
+    found, others = ran_with(kvm_nested)
+    assert not found and {VMCB02, 0x1E65000} <= set(others)
+
+
+def test_kvms_objects_come_before_what_the_pages_say(kvm_nested: Ram) -> None:
+    changed(moved_on(kvm_nested), VMCB02, tsc_offset=5)
+    found, others = ran_with(kvm_nested, {VMCB02: KvmPair(VMCB01, VMCB12_GPA, "by KVM's objects: vCPU 0 of process 77")})
+    assert found == {VMCB02: "by KVM's objects: vCPU 0 of process 77"} and VMCB02 not in others
+    # Of another vCPU, or of another page of its guest: nothing is said of this one.
+    for pair in (KvmPair(0x4361000, VMCB12_GPA, "x"), KvmPair(VMCB01, 0x21000, "x")):
+        assert ran_with(kvm_nested, {VMCB02: pair})[0] == {}
+
+
+def test_the_evidence_is_printed(kvm_nested: Ram, tmp_path: Path) -> None:
+    moved_on(kvm_nested)
+    image = bytearray(max(kvm_nested.pages) + 4096)
+    for address, data in kvm_nested.pages.items():
+        image[address:address + 4096] = data
+    path = tmp_path / "nested.raw"
+    path.write_bytes(image)
+    session = Session(str(path))
+    words = " ".join(command("source scan", session).split())
+    assert "its guest ran with the VMCB at 0x1e64000 of the hypervisor below, nCR3 0x4370000 (intercepts, permission maps and TSC offset" in words
     session.close()

@@ -16,6 +16,7 @@ from vtdbg.machine import Machine
 from vtdbg.memory.base import PhysicalMemory
 from vtdbg.memory.views import GuestPhysicalMemory
 from vtdbg.scanner import Found
+from vtdbg.svm.nesting import merged, same_guest
 from vtdbg.svm.npt import Npt
 from vtdbg.svm.vmcb import Vmcb
 from vtdbg.vmx.controls import control
@@ -29,6 +30,10 @@ from vtdbg.x86.mode import mode_name
 DEPTH_LIMIT = 6
 BLOCK_LIMIT = 4096
 """Control blocks that are sorted into a tree; real machines have one for each virtual processor."""
+
+
+MOST_COMPARED = 1 << 10
+"""Pairs of VMCBs that are compared in full: each costs some walks, and hostile memory has thousands of both."""
 
 
 class Tables(NamedTuple):
@@ -58,6 +63,8 @@ class Block:
     """The guest-physical address of the VMCS that the shadow stands for, where that is known."""
     ran_with: List["Block"] = field(default_factory=list)
     """The control blocks of the hypervisor below that held the same guest (KVM: vmcs02, vmcb02)."""
+    ran_with_by: Dict[int, str] = field(default_factory=dict)
+    """The evidence for each of these, by its address."""
     copy: Optional[Found] = None
     """The live copy that the hypervisor below keeps of it (KVM: the cached vmcs12)."""
 
@@ -169,10 +176,21 @@ class Hierarchy:
     notes: List[str]
 
 
-def hierarchy(machine: "Machine | PhysicalMemory", found: Sequence[Found]) -> Hierarchy:
-    """The findings of a scan as a tree.  Bounded: at most BLOCK_LIMIT control blocks, a fixed number of tables, DEPTH_LIMIT levels."""
+class KvmPair(NamedTuple):
+    """What KVM's own objects say of a vmcb02: the vmcb01 of the same vCPU, the guest-physical vmcb12 that it stands for, and whose it is."""
+
+    vmcb01: int
+    vmcb12: int
+    words: str
+
+
+def hierarchy(machine: "Machine | PhysicalMemory", found: Sequence[Found], kvm: Optional[Mapping[int, KvmPair]] = None) -> Hierarchy:
+    """The findings of a scan as a tree.  Bounded: at most BLOCK_LIMIT control blocks, a fixed number of tables, DEPTH_LIMIT levels.
+
+    `kvm` is what is known of vmcb02s by the kernel's symbols, by their addresses.
+    """
     memory = machine.memory if isinstance(machine, Machine) else machine
-    return _Builder(memory, isinstance(machine, Machine) and machine.guest).build(list(found))
+    return _Builder(memory, isinstance(machine, Machine) and machine.guest, kvm or {}).build(list(found))
 
 
 _ROLES = {"vmxon-region": "VMXON region, or a VMCS never written back", "empty": "VMXON region or stale vmcs12",
@@ -180,8 +198,8 @@ _ROLES = {"vmxon-region": "VMXON region, or a VMCS never written back", "empty":
 
 
 class _Builder:
-    def __init__(self, memory: PhysicalMemory, guest: bool) -> None:
-        self._memory, self._guest = memory, guest
+    def __init__(self, memory: PhysicalMemory, guest: bool, kvm: Mapping[int, KvmPair]) -> None:
+        self._memory, self._guest, self._kvm = memory, guest, kvm
         self._budget = Budget()
         self._notes: List[str] = []
         self._copies: List[Block] = []
@@ -231,7 +249,7 @@ class _Builder:
         for nested in software:
             for block in by_stack.get(nested.registers["rsp"] or 0, ())[:8]:
                 if isinstance(block.fields, Vmcs) and isinstance(nested.fields, Vmcs) and equal_guest(block.fields, nested.fields):
-                    nested.ran_with.append(block)
+                    _ran_with(nested, block, "the same guest state")
 
     # --- one level of physical memory -----------------------------------------------------------------------------------------------
 
@@ -249,7 +267,7 @@ class _Builder:
         inside = self._inside(memory, vms, set(places) | set(where))
         helpers = {id(block) for nested in guests for block in nested.ran_with}
         owner = _owners(vms, inside, helpers)
-        _pair_vmcbs(native, owner)
+        _pair_vmcbs(memory, native, owner, inside, self._kvm if parent is None else {})
         hidden = {id(block) for nested in (*guests, *native) if nested.address in owner for block in nested.ran_with}
         left = [block for block in guests if block.address not in owner]
         outside = [page for page in pages if page.address not in owner]
@@ -351,28 +369,63 @@ def _owners(vms: List[Vm], inside: Dict[int, Dict[int, int]], helpers: Set[int])
     return owner
 
 
-_GUEST_STATE = ("rsp", "rip", "cr3", "cr0", "efer", "gdtr.base", "idtr.base", "tr.base", "fs.base", "gs.base", "cs.selector", "tr.selector")
+def _pair_vmcbs(memory: PhysicalMemory, blocks: Sequence[Block], owner: Mapping[int, Vm], inside: Mapping[int, Mapping[int, int]],
+                kvm: Mapping[int, "KvmPair"]) -> None:
+    """The VMCB with which the hypervisor below ran the guest of a VMCB inside a VM (KVM: vmcb02 for vmcb12), by the best evidence that there is.
 
-
-def _pair_vmcbs(blocks: Sequence[Block], owner: Mapping[int, Vm]) -> None:
-    """The VMCB with which the hypervisor below ran the guest of a VMCB inside a VM (KVM: vmcb02 for vmcb12): right after the nested #VMEXIT both
-    hold one state."""
+    Evidence that fits several is none.
+    """
+    outside = [block for block in blocks if block.kind == "vmcb" and block.address not in owner]
+    inner = [block for block in blocks if block.kind == "vmcb" and block.address in owner]
     by_stack: Dict[int, List[Block]] = {}
-    for block in blocks:
-        stack = block.registers["rsp"]
-        if stack and block.kind == "vmcb" and block.address not in owner:
-            by_stack.setdefault(stack, []).append(block)
-    for nested in blocks:
-        if nested.kind == "vmcb" and nested.address in owner:
-            around = owner[nested.address].blocks
-            nested.ran_with += [block for block in by_stack.get(nested.registers["rsp"] or 0, ())[:8]
-                                if block not in around and _equal_state(block.fields, nested.fields)]
+    for block in outside:
+        by_stack.setdefault(block.registers["rsp"] or 0, []).append(block)
+    fits: List[Tuple[Block, Block, str]] = []
+    left = MOST_COMPARED
+    for nested in inner:
+        vm = owner[nested.address]
+        gpa = inside.get(id(vm), {}).get(nested.address)
+        named = [block for block in outside if block.address in kvm and kvm[block.address].vmcb12 == gpa
+                 and kvm[block.address].vmcb01 in (one.address for one in vm.blocks)]
+        if named:
+            _ran_with(nested, named[0], kvm[named[0].address].words)
+            continue
+        near = by_stack.get(nested.registers["rsp"] or 0, [])[:8] if nested.registers["rsp"] else []
+        alike = [block for block in near if block not in vm.blocks and _same_guest(block, nested)]
+        if alike:
+            for block in alike:
+                _ran_with(nested, block, "the same guest state")
+            continue
+        for block in outside[:max(left, 0)]:
+            left -= 1
+            words = _merged(memory, vm, block, nested)
+            if words:
+                fits.append((nested, block, words))
+    for nested, block, words in fits:
+        taken = any(block in other.ran_with for other in inner)
+        if not taken and sum(one is nested for one, _, _ in fits) == 1 and sum(one is block for _, one, _ in fits) == 1:
+            _ran_with(nested, block, words)
 
 
-def _equal_state(one: Union[Vmcs, Vmcb], two: Union[Vmcs, Vmcb]) -> bool:
-    pairs = [(one.get(name), two.get(name)) for name in _GUEST_STATE]
-    used = [(first, second) for first, second in pairs if first and second]
-    return len(used) >= 6 and all(first == second for first, second in used)
+def _ran_with(nested: Block, block: Block, words: str) -> None:
+    nested.ran_with.append(block)
+    nested.ran_with_by[block.address] = words
+
+
+def _same_guest(one: Block, two: Block) -> bool:
+    return isinstance(one.fields, Vmcb) and isinstance(two.fields, Vmcb) and same_guest(one.fields, two.fields)
+
+
+def _merged(memory: PhysicalMemory, vm: Vm, block: Block, nested: Block) -> str:
+    """The evidence that `block` was merged out of `nested`, in the memory of `vm`, and of a control block of `vm`."""
+    if not isinstance(block.fields, Vmcb) or not isinstance(nested.fields, Vmcb) or vm.tables is None:
+        return ""
+    outer = [one.fields for one in vm.blocks if one is not block and isinstance(one.fields, Vmcb)]
+    structure = vm.tables.structure
+    try:
+        return merged(block.fields, nested.fields, outer, memory, vm.memory, lambda address: structure.walk(memory, address).maps_to)
+    except UsageError:
+        return ""
 
 
 def _circular(vms: List[Vm], owner: Mapping[int, Vm]) -> List[Vm]:

@@ -17,6 +17,7 @@ from vtdbg.commands.nested_lint import lint_report
 from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
+from vtdbg.commands.tree import kvm_pairs
 from vtdbg.enumeration import Enumeration, Range
 from vtdbg.errors import UsageError, VtdbgError
 from vtdbg.hierarchy import Block as TreeBlock
@@ -136,7 +137,7 @@ class ReportPage:
             found, partial = scanned_blocks(self._session)
         except UsageError as error:
             return Hierarchy([], [], []), [str(error)]
-        return hierarchy(self._session.machine, found), [partial] if partial else []
+        return hierarchy(self._session.machine, found, kvm_pairs(self._session)), [partial] if partial else []
 
     def _place(self, outer: Optional[Vm]) -> Tuple[Session, HtmlRenderer]:
         """The session in whose memory the addresses in control blocks mean something: for those of a hypervisor in the VM `outer` that is the
@@ -424,7 +425,8 @@ def _vm_words(vm: Vm) -> str:
 def _block_words(block: TreeBlock) -> List[str]:
     """What the tree knows of a control block besides its fields."""
     words = [f"guest in {block.mode}"]
-    words += [f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below" for helper in block.ran_with]
+    words += [f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below"
+              + (f" ({block.ran_with_by[helper.address]})" if helper.address in block.ran_with_by else "") for helper in block.ran_with]
     if block.shadow is not None:
         words.append(f"shadow VMCS at {block.shadow.address:#x}: what its guest's VMREAD and VMWRITE reach")
     if block.copy is not None:

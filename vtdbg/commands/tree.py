@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Optional, Sequence
 from vtdbg.commands.scanning import scanned_blocks
 from vtdbg.commands.select import STALE_VMCB, STALE_VMCS
 from vtdbg.commands.session import Session
-from vtdbg.hierarchy import Block, Hierarchy, Hypervisor, Page, Vm, hierarchy
+from vtdbg.errors import VtdbgError
+from vtdbg.hierarchy import Block, Hierarchy, Hypervisor, KvmPair, Page, Vm, hierarchy
 from vtdbg.report import Group, Lines, Report, Table, Value, hex_or_none, hexa, text
 from vtdbg.scanner import Found
 from vtdbg.vmx.vmcs import Vmcs
@@ -21,7 +22,7 @@ def scan_report(session: Session) -> Report:
         report.notes.append(partial)
     kinds = {item.kind for item in found}
     report.notes += [STALE_VMCS] * ("vmcs" in kinds) + [STALE_VMCB] * ("vmcb" in kinds)
-    tree = hierarchy(session.machine, found)
+    tree = hierarchy(session.machine, found, kvm_pairs(session))
     report.notes += tree.notes
     for hypervisor in tree.hypervisors:
         report.add(_group(hypervisor))
@@ -29,6 +30,22 @@ def scan_report(session: Session) -> Report:
         report.add(_rest(tree))
     report.add(found_table(found, "no VMCS and no VMCB found"))
     return report
+
+
+def kvm_pairs(session: Session) -> Dict[int, KvmPair]:
+    """Which vmcb02 stands for which vmcb12 by KVM's objects, where the debugger has symbols of them."""
+    objects = getattr(session.machine, "kvm", None)
+    try:
+        state = objects() if objects is not None else None
+    except VtdbgError:
+        state = None
+    pairs: Dict[int, KvmPair] = {}
+    for vcpu in state.vcpus if state is not None else ():
+        at = {block.name: block.address for block in vcpu.blocks}
+        first, second = at.get("vmcb01"), at.get("vmcb02")
+        if vcpu.vmcb12 is not None and first is not None and second is not None:
+            pairs[second] = KvmPair(first, vcpu.vmcb12, f"by KVM's objects: {vcpu.title}")
+    return pairs
 
 
 def found_table(found: Sequence[Found], empty: str) -> Table:
@@ -92,7 +109,9 @@ def _block(vm: Vm, block: Block, indent: int) -> List[Value]:
         lines.append(_line(indent + 2, f"shadow VMCS at {block.shadow.address:#x}: what its guest's VMREAD and VMWRITE reach{stands}"))
     for helper in block.ran_with:
         tables = f", {helper.tables.name}" if helper.tables is not None else ""
-        lines.append(_line(indent + 2, f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below{tables}"))
+        evidence = f" ({block.ran_with_by[helper.address]})" if helper.address in block.ran_with_by else ""
+        lines.append(_line(indent + 2, f"its guest ran with the {helper.kind.upper()} at {helper.found.address:#x} of the hypervisor below{tables}"
+                                       f"{evidence}"))
     if block.copy is not None:
         lines.append(_line(indent + 2, f"this page is stale: its live copy is at {block.copy.address:#x}", "warn"))
     cr3 = block.registers["cr3"]
@@ -177,6 +196,7 @@ def _block_data(vm: Vm, block: Block) -> Dict[str, Any]:
             **{name: hex_or_none(value) for name, value in block.registers.items()}, "cr3_down": down,
             "shadow": hex_or_none(block.shadow.address) if block.shadow is not None else None, "shadow_of": hex_or_none(block.shadow_of),
             "ran_with": [f"{helper.found.address:#x}" for helper in block.ran_with],
+            "ran_with_evidence": [block.ran_with_by.get(helper.address) for helper in block.ran_with],
             "live_copy": hex_or_none(block.copy.address) if block.copy is not None else None}
 
 
