@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import List, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.live import PATIENCE
 
 from vtdbg.commands import registry
 from vtdbg.errors import UsageError
@@ -25,7 +28,7 @@ class Ran(NamedTuple):
 def vtdbg(*words: object, **environment: str) -> Ran:
     """The real program in a process of its own, without a terminal."""
     variables = {**{key: value for key, value in os.environ.items() if key not in ("VTDBG_SOURCE", "COLUMNS")}, **environment}
-    done = subprocess.run([sys.executable, "-m", "vtdbg", *map(str, words)], capture_output=True, text=True, env=variables, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "vtdbg", *map(str, words)], capture_output=True, text=True, env=variables, timeout=PATIENCE)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -128,7 +131,7 @@ def test_the_python_of_a_command_runs(intel_plain: Path, tmp_path: Path, words: 
     """--python prints a program; it has to be one, and to see the same memory."""
     shown = vtdbg(*words, "-s", intel_plain, "--python")
     assert shown.status == 0 and shown.out.startswith("import vtdbg\n")
-    done = subprocess.run([sys.executable, "-W", "error", "-c", shown.out], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", shown.out], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
@@ -149,7 +152,8 @@ def test_output_is_ascii_and_fits_80_columns(intel_plain: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_not_an_error(intel_plain: Path) -> None:
-    done = subprocess.run(f"{sys.executable} -m vtdbg vmcs dump -s {intel_plain} | head -1", shell=True, capture_output=True, text=True, timeout=60)
+    line = f"{sys.executable} -m vtdbg vmcs dump -s {intel_plain} | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr == ""
 
 
@@ -161,9 +165,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(("text", "number"), [
-    ("0x1000", 0x1000), ("4096", 4096), ("0b101", 5), ("1000h", 0x1000), ("fffff800`12345678", 0xFFFFF80012345678), ("0010", 10), ("1_000", 1000)])
+    ("0x1000", 0x1000), ("4096", 4096), ("0b101", 5), ("1000h", 0x1000), ("fffff800`12345678", 0xFFFFF80012345678), ("0000", 0), ("1_000", 1000)])
 def test_numbers_as_people_write_them(text: str, number: int) -> None:
     assert parse_number(text) == number
+
+
+@given(st.text("0123456789abcdefxXhHoOb_`+-", max_size=12))
+def test_any_text_is_a_number_or_one_error(text: str) -> None:
+    try:
+        assert isinstance(parse_number(text), int)
+    except UsageError as error:
+        assert "\n" not in str(error)
 
 
 def test_ranges_and_sizes() -> None:

@@ -12,6 +12,7 @@ from typing import Tuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.live import PATIENCE
 
 from vtdbg.cli import main
 from vtdbg.svm import exit_codes
@@ -50,6 +51,7 @@ class Ran:
     ("vmcs dump mem.elf", "-s mem.elf"), ("vmcs get 681e -s sample:vmx", "0x681e (GUEST_RIP)"),
     ("vmcs get 4402 -s sample:vmx", "0x4402 (VM_EXIT_REASON)"),
     ("vmcs dump 6826000 -s sample:vmx", "without 0x is decimal; did you mean 0x6826000?"),
+    ("decode 0x480 5", "did you mean msr 0x480 (IA32_VMX_BASIC)?"),
     ("exit explain 80000021", "0x80000021 (INVALID_STATE)"), ("exit explain --reason 80000021", "0x80000021 (INVALID_STATE)"),
     ("exit explain 6826000 -s sample:vmx", "0x6826000"), ("exit explain EPT_VIOLATOIN", "did you mean EPT_VIOLATION?"),
     ("exit explain 48 1 2", "only qualification"), ("exit explain 48 --reason 3", "one of them"), ("exit reasons nothing", "unknown exit"),
@@ -69,6 +71,7 @@ def test_an_error_says_what_to_type(ran: Ran, typed: str, advice: str) -> None:
     (f"vmcs get {VMCS} GUEST_RIP -s sample:vmx", f"vmcs get GUEST_RIP --at {VMCS} -s sample:vmx"),
     (f"vmcs get GUEST_RIP {VMCS} -s sample:vmx", f"vmcs get 26654 --at {VMCS} -s sample:vmx"),
     (f"vmcb get rip {VMCB} -s sample:svm", f"vmcb get rip --at {VMCB} -s sample:svm"),
+    ("decode msr 0x480 5", "decode msr IA32_VMX_BASIC 5"), ("decode ept pte 0x7", "decode ept_pte 0x7"), ("decode attr 0xa09b", "decode ar 0xa09b"),
     ("exit reasons intel", "exit reasons vmx"), ("exit reasons AMD", "exit reasons svm"),
 ])
 def test_a_short_form_is_the_long_one(ran: Ran, typed: str, full: str) -> None:
@@ -81,6 +84,26 @@ def test_a_number_that_is_an_exit_of_both_makers_is_said_to_be_one(ran: Ran) -> 
     status, out, _ = ran("exit explain 48 0x182")
     assert status == 0 and "taken for VMX exit reason 48" in out and "--exit-code 48" in out and "(WRITE_DR0)" in out
     assert "SVM (NPF)" in ran("exit explain --reason 0x400")[1]
+
+
+def test_digits_that_a_log_means_as_hexadecimal_are_said_to_be_decimal(ran: Ran) -> None:
+    """KVM prints CR0=0000000080050033: without the leading zeros nothing in it says hexadecimal."""
+    assert "80050033 is decimal here; hexadecimal would be 0x80050033" in ran("decode cr0 80050033")[1]
+    assert "decimal" not in ran("decode cr0 0x80050033")[1] and "decimal" not in ran("decode activity 1")[1]
+    assert "write 0x0000000080050033," in ran.refused("decode cr0 0000000080050033")
+
+
+@pytest.mark.parametrize(("typed", "command"), [
+    ("decode exit_qualification 0x182", "exit explain REASON 0x182"), ("decode VM_EXIT_REASON 0x80000021", "exit explain --reason 0x80000021"),
+    ("decode VMX_INSTRUCTION_INFO 5", "--instruction-info 0x5"), ("decode VM_INSTRUCTION_ERROR 7", "exit explain --instruction-error 7"),
+    ("decode exit_code 0x400", "exit explain --exit-code 0x400"), ("decode exit_info_1 4", "--exit-info-1 0x4"),
+])
+def test_numbers_of_an_exit_lead_to_the_command_that_knows_them(ran: Ran, typed: str, command: str) -> None:
+    """The form of a qualification depends on the reason (SDM vol. 3, Basic VM-Exit Information): no table of bits is right for all."""
+    status, out, _ = ran(typed)
+    assert status == 0 and f"{command}`" in " ".join(out.split()) and "nobody lays" not in out
+    words = command.replace("REASON", "48").replace("CODE", "0x400")
+    assert ran(words if words.startswith("exit") else f"exit explain 48 {words}" if "info-1" not in words else f"exit explain 0x400 {words}")[0] == 0
 
 
 def test_a_page_address_is_an_address_wherever_there_is_memory(ran: Ran) -> None:
@@ -146,7 +169,7 @@ def test_a_file_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) ->
         path = os.path.join(os.fsencode(tmp_path), name)
         with open(path, "wb") as file:
             file.write(bytes(4096))
-        done = subprocess.run([sys.executable, "-m", "vtdbg", "source", "info", "-s", path], capture_output=True, text=True, timeout=60,
+        done = subprocess.run([sys.executable, "-m", "vtdbg", "source", "info", "-s", path], capture_output=True, text=True, timeout=PATIENCE,
                               env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"})
         assert done.returncode == 0 and shown in done.stdout and not done.stderr, done
 

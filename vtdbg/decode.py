@@ -35,7 +35,7 @@ ALIASES: Mapping[str, Tuple[str, ...]] = {
     "entry_int_info": ("entry_intr_info", "vmentry_intr_info", "event_injection"),
     "exit_int_info": ("intr_info", "exit_intr_info", "vmexit_intr_info"),
     "idt_vectoring_info": ("idtv", "idt_info", "idt_vectoring"),
-    "access_rights": ("ar", "ar_bytes", "segment_access_rights"),
+    "access_rights": ("ar", "attr", "ar_bytes", "segment_access_rights"),
     "vmcb_attrib": ("attrib", "attributes"),
     "interruptibility": ("interruptibility_state", "intr_state"),
     "activity": ("activity_state",),
@@ -68,6 +68,18 @@ LEAVES: Mapping[str, str] = {"ept_pdpte": "ept_pdpte_1g", "ept_pde": "ept_pde_2m
 PS = 1 << 7
 EPT_RIGHTS = 0x407
 """R, W, X and XU: an EPT entry without any of them is not present."""
+
+EXPLAINED: Mapping[str, str] = {
+    "EXIT_QUALIFICATION": "its form depends on the exit reason: `exit explain REASON {value:#x}`",
+    "VMX_INSTRUCTION_INFO": "its form depends on the exit reason: `exit explain --reason REASON --instruction-info {value:#x}`",
+    "VM_INSTRUCTION_ERROR": "`exit explain --instruction-error {value}` says what it means",
+    "exit_reason": "`exit explain --reason {value:#x}` says what it means",
+    "VM_EXIT_REASON": "`exit explain --reason {value:#x}` says what it means",
+    "exit_code": "`exit explain --exit-code {value:#x}` says what it means",
+    "exit_info_1": "its form depends on the exit code: `exit explain --exit-code CODE --exit-info-1 {value:#x}`",
+    "exit_info_2": "its form depends on the exit code: `exit explain --exit-code CODE --exit-info-2 {value:#x}`",
+}
+"""Numbers that another command explains, because they mean nothing by themselves or more than their bits."""
 
 MASK_MSRS = frozenset({0x486, 0x487, 0x488, 0x489, 0x491, 0x492, 0x493})
 """Fixed bits of CR0 and CR4 and the allowed-1 settings of 64-bit words: 1 means "may be 1" (or "must be"), not that the bit is in force."""
@@ -181,7 +193,8 @@ def _find(name: str) -> _Target:
         return _Target(vmcb_field.name, what, vmcb_field.bits, vmcb_field.size * 8)
     if msrs.indexes(text):
         return _msr(msrs.find(text))
-    raise UnknownName("name", name, near_names(text, names()))
+    known = msrs.msrs().get(int(text, 16)) if re.fullmatch(r"0[xX][0-9a-fA-F]{1,8}", text) else None
+    raise UnknownName("name", name, (f"msr {known.index:#x} ({known.name})",) if known is not None else near_names(text, names()))
 
 
 def _msr(msr: msrs.Msr) -> _Target:
@@ -207,7 +220,9 @@ def _problems(target: _Target, table: Optional[BitTable], value: int) -> Tuple[s
 
 def _notes(target: _Target, table: Optional[BitTable], value: int) -> Tuple[str, ...]:
     notes = []
-    if table is None and not _word_of(target.msr):
+    if target.name in EXPLAINED:
+        notes.append(EXPLAINED[target.name].format(value=value))
+    elif table is None and not _word_of(target.msr):
         notes.append(f"nobody lays {target.name} out in bits: it is a number, an address or a list that has its own command")
     if target.table in LEAVES.values():
         notes.append("bit 7 is 1: the entry maps a page" if value & PS

@@ -16,13 +16,20 @@ UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_number(text: str) -> int:
-    """0x10, 16, 0b1, 10h, WinDbg's fffff800`12345678, 1_000.  Bare hex digits are refused with the way to write them.
+    """0x10, 16, 0b1, 10h, WinDbg's fffff800`12345678, 1_000.  Bare hex digits are refused with the way to write them, and so are digits that
+    begin with 0 (KVM's 0000000000001000).
 
-    A bare decimal stays decimal: the same words mean the same in every front end.
+    Another bare decimal stays decimal: the same words mean the same in every front end.
     """
     stripped = text.strip()
+    if re.match(r"0[0-9]+$", stripped) and stripped.strip("0"):
+        raise UsageError(f"{text!r} begins with 0 as hexadecimal numbers in logs do: write 0x{stripped}, or the decimal number without the zeros")
     if re.match(_PLAIN, stripped):
-        return int(stripped.replace("`", ""), 0) if not re.match(r"[+-]?0[0-9]", stripped) else int(stripped, 10)
+        try:
+            return int(stripped.replace("`", ""), 0) if stripped.strip("0") else 0
+        except ValueError:
+            # Underscores side by side or at the end, -010, and decimal numbers of more digits than Python converts.
+            raise UsageError(f"{text[:40]!r} is not a number") from None
     windbg = re.match(_WINDBG, stripped)
     if windbg:
         return int(windbg.group(1) + windbg.group(2), 16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import List, Optional
 
 from vtdbg import decode as decoding
 from vtdbg.commands.registry import Arg, Opt, verb
@@ -17,12 +17,22 @@ from vtdbg.x86.permission import ACCESSES
 @verb(
     "decode",
     "a register, control word, VMCS or VMCB field, table entry or MSR in words",
-    Arg("name", "register", 'what it is: cr0, eptp, ar, sec, GUEST_CR4, ept_pde_2m, "msr 0x48b", ...'),
-    Arg("value", "int", "its value"),
+    Arg("name", "register", "what it is: cr0, eptp, ar, sec, GUEST_CR4, ept_pde_2m, msr 0x48b, ...", nargs="+"),
+    Arg("value", "text", "its value"),
     Opt("--all", "flag", "bits that are 0 too"),
 )
-def decode(session: Session, name: str, value: int, all: bool) -> Report:
+def decode(session: Session, name: List[str], value: str, all: bool) -> Report:
     """Every bit that says something; reserved bits with the wrong value are called wrong."""
+    number = int(session.convert("int", value))
+    report = decoded(" ".join(name), number, all)
+    if value.isdecimal() and number > 9:
+        # Logs print hexadecimal without 0x, and digits alone do not show it.
+        report.notes.append(f"{value} is decimal here; hexadecimal would be 0x{value}")
+    return report
+
+
+def decoded(name: str, value: int, all: bool = False) -> Report:
+    """What `decode NAME VALUE` prints."""
     found = decoding.decode(name, value)
     report = Report("decode", python=["from vtdbg.decode import decode", f"print(decode({name!r}, {value:#x}).words)"])
     title = f"{found.name} {value:#x}: {found.what}" if found.what and found.what != found.name else f"{found.name} {value:#x}"
@@ -34,7 +44,7 @@ def decode(session: Session, name: str, value: int, all: bool) -> Report:
         for row in found.rows:
             if all or row.field.bits in shown:
                 one = row.field
-                words = one.name if one.kind in ("flag", "inverted") else f"{one.name}: {row.meaning}"
+                words = one.name if one.kind in ("flag", "inverted") and not one.values else f"{one.name}: {row.meaning}"
                 wrong = one.kind in ("reserved0", "reserved1") and one.bits in shown and not found.mask
                 table.add(one.bits, text(one.ident or "-"), hexa(row.number), Value(one.name, words, "bad" if wrong else "" if row.number else "dim"))
         report.add(table)
@@ -80,7 +90,7 @@ def msr_show(session: Session, msr: str, value: Optional[int]) -> Report:
             facts.add(f"{key}_{access}", f"{access}, {title}", Value(place, words))
     report = Report("msr show", [facts], python=["from vtdbg.x86 import msrs", f"print(msrs.find({msr!r}))"])
     if value is not None:
-        shown = decode(session, f"msr {found.index:#x}", value, all=False)
+        shown = decoded(f"msr {found.index:#x}", value)
         report.blocks += shown.blocks
         report.status = shown.status
     return report
