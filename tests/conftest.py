@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import os
 import signal
 from pathlib import Path
 from typing import Any, Dict
@@ -21,6 +22,11 @@ _ZEROS = bytes(4096)
 settings.register_profile("repeatable", deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("random", settings.get_profile("repeatable"), derandomize=False)
 settings.load_profile("repeatable")
+
+# What the user's environment says to programs: a source, how wide and how coloured their output is, how lines are edited.
+for name in ("VTDBG_SOURCE", "VTDBG_HISTORY", "COLUMNS", "LINES", "NO_COLOR", "XDG_STATE_HOME"):
+    os.environ.pop(name, None)
+os.environ["INPUTRC"] = os.devnull
 
 # A shell starts what it puts into the background with SIGINT ignored, and every program below inherits that: Ctrl-C would be tested in vain.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
