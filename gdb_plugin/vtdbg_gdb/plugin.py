@@ -11,6 +11,7 @@ import gdb
 
 from vtdbg.commands import registry
 from vtdbg.errors import VtdbgError
+from vtdbg.targets.interrupts import deliver
 
 if TYPE_CHECKING:
     from vtdbg.commands.run import Outcome
@@ -129,10 +130,17 @@ def _render(report: Any, options: Dict[str, Any]) -> str:
 def _one_line(function: Callable[..., Any]) -> Callable[..., Any]:
     """A Ctrl-C in the function is our line, also one that comes too late for the command and in time for what it has to say: GDB shows "Quit"."""
     def invoke(*arguments: Any) -> Any:
+        # Made before, and nothing is called between here and GDB: Python looks for a Ctrl-C at calls, and one can come twice, out of a command of
+        # GDB's and out of its Python.
+        said = gdb.GdbError(INTERRUPTED)
         try:
             return function(*arguments)
         except KeyboardInterrupt:
-            raise gdb.GdbError(INTERRUPTED) from None
+            try:    # noqa: SIM105 - to make a `suppress` would be a call
+                deliver()
+            except KeyboardInterrupt:
+                pass
+            raise said from None
 
     return invoke
 
