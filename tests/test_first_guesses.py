@@ -51,6 +51,10 @@ class Ran:
     ("vmcs dump mem.elf", "-s mem.elf"), ("vmcs get 681e -s sample:vmx", "0x681e (GUEST_RIP)"),
     ("vmcs get 4402 -s sample:vmx", "0x4402 (VM_EXIT_REASON)"),
     ("vmcs dump 6826000 -s sample:vmx", "without 0x is decimal; did you mean 0x6826000?"),
+    ("msr 0x480", "did you mean msr show 0x480"), ("source mem.elf", "did you mean source info -s mem.elf?"),
+    ("source info sample:vmx", "-s sample:vmx"), ("vmcs list mem.elf", "-s mem.elf"), ("vmcs dump --jsn", "did you mean --json"),
+    ("msrbitmap dump 0x6826000 -s sample:vmx", "behind --vmcs"), ("gdt dump 0x6826000 -s sample:vmx", "behind --vmcs"),
+    ("msr show effer", "IA32_EFER"), ("msr show c0000080", "0xc0000080 (IA32_EFER)"), ("caps show --msr 480=5", "write 0x480"),
     ("decode 0x480 5", "did you mean msr 0x480 (IA32_VMX_BASIC)?"),
     ("exit explain 80000021", "0x80000021 (INVALID_STATE)"), ("exit explain --reason 80000021", "0x80000021 (INVALID_STATE)"),
     ("exit explain 6826000 -s sample:vmx", "0x6826000"), ("exit explain EPT_VIOLATOIN", "did you mean EPT_VIOLATION?"),
@@ -72,6 +76,9 @@ def test_an_error_says_what_to_type(ran: Ran, typed: str, advice: str) -> None:
     (f"vmcs get GUEST_RIP {VMCS} -s sample:vmx", f"vmcs get 26654 --at {VMCS} -s sample:vmx"),
     (f"vmcb get rip {VMCB} -s sample:svm", f"vmcb get rip --at {VMCB} -s sample:svm"),
     ("decode msr 0x480 5", "decode msr IA32_VMX_BASIC 5"), ("decode ept pte 0x7", "decode ept_pte 0x7"), ("decode attr 0xa09b", "decode ar 0xa09b"),
+    ("caps adjust sec SECONDARY_EXEC_ENABLE_EPT SECONDARY_EXEC_XSAVES --processor i7-6700k", "caps adjust sec EPT XSAVES --processor i7-6700k"),
+    ("caps adjust proc CPU_BASED_HLT_EXITING HLT --processor i7-6700k", "caps adjust proc HLT_EXITING --processor i7-6700k"),
+    ("phys 0x6826000 x/4gx -s sample:vmx", "phys 0x6826000 4gx -s sample:vmx"), ("vmcs help", "vmcs --help"), ("version", "--version"),
     ("exit reasons intel", "exit reasons vmx"), ("exit reasons AMD", "exit reasons svm"),
 ])
 def test_a_short_form_is_the_long_one(ran: Ran, typed: str, full: str) -> None:
@@ -104,6 +111,11 @@ def test_numbers_of_an_exit_lead_to_the_command_that_knows_them(ran: Ran, typed:
     assert status == 0 and f"{command}`" in " ".join(out.split()) and "nobody lays" not in out
     words = command.replace("REASON", "48").replace("CODE", "0x400")
     assert ran(words if words.startswith("exit") else f"exit explain 48 {words}" if "info-1" not in words else f"exit explain 0x400 {words}")[0] == 0
+
+
+def test_what_no_msr_says_is_unknown_and_not_blank(ran: Ran) -> None:
+    out = ran("caps show --msr 0x485=0")[1]
+    assert [line.split()[-1] for line in out.splitlines()[:3]] == ["unknown"] * 3
 
 
 def test_a_page_address_is_an_address_wherever_there_is_memory(ran: Ran) -> None:

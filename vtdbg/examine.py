@@ -47,7 +47,7 @@ class Format:
 
 def parse_format(text: str) -> Format:
     """The format that `text` says, with or without the slash; letters in any order.  Raises UsageError with what there is."""
-    found = re.fullmatch(r"/?(-?\d*)([a-z]*)", text)
+    found = re.fullmatch(r"(?:x?/)?(-?\d*)([a-z]*)", text)
     known = f"a count, one of {' '.join(LETTERS)}, and one of {' '.join(SIZES)}, for instance 8gx or 4i"
     if found is None or not (found.group(1) or found.group(2)):
         raise UsageError(f"format {text!r}: {known}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Dict, List, Optional, Tuple, Union
 
 from vtdbg import bits
@@ -19,6 +20,7 @@ MSR = Opt("--msr", "text", "one MSR by index or name, added to the file's: 0x48b
 PRINT_MSRS = ("for index, value in caps.items():", "    print(hex(index), hex(value))")
 MSR_VM_CR = 0xC0010114
 CPUID = Opt("--cpuid", "text", "one CPUID leaf: 0x8000000a=EAX,EBX,ECX,EDX", many=True, metavar="LEAF=REGISTERS")
+VMX_MSRS = range(0x480, 0x494)
 DECODED = {"vmx_basic": 0x480, "vmx_misc": 0x485, "ept_vpid_cap": 0x48C, "feature_control": 0x3A}
 
 
@@ -33,6 +35,9 @@ def capabilities(session: Session, processor: Optional[str], msr: Optional[List[
         if not given:
             raise UsageError(f"--msr {item!r}: write MSR=VALUE, for instance 0x48b=0x005fbcff00000000")
         values[name.strip()] = parse_number(value)
+        hexadecimal = int(name, 16) if re.fullmatch(r"\d{3}", name.strip()) else 0
+        if hexadecimal in VMX_MSRS:
+            raise UsageError(f"--msr {item!r}: {name.strip()} is decimal; for the MSR of VMX write 0x{name.strip()}")
     leaves = dict(_leaf(item) for item in cpuid or [])
     if leaves:
         known: Dict[Union[int, str], int] = dict(found.items()) if found is not None else {}
@@ -71,9 +76,9 @@ def show(session: Session, processor: Optional[str], msr: Optional[List[str]], c
         python=_python(session, *PRINT_MSRS),
     )
     facts = Pairs("processor")
-    facts.add("physical_address_width", "physical-address width", caps.physical_address_width)
+    facts.add("physical_address_width", "physical-address width", _known(caps.physical_address_width))
     facts.add("revision", "VMCS revision", hexa(caps.revision))
-    facts.add("region_size", "VMCS region size", caps.region_size)
+    facts.add("region_size", "VMCS region size", _known(caps.region_size))
     facts.add("cr0_fixed0", "CR0 bits that must be 1", _fixed("cr0", caps.cr0_fixed0))
     facts.add("cr0_fixed1", "CR0 bits that may be 1", hexa(caps.cr0_fixed1))
     facts.add("cr4_fixed0", "CR4 bits that must be 1", _fixed("cr4", caps.cr4_fixed0))
@@ -178,9 +183,9 @@ def _show_svm(session: Session, caps: VmxCapabilities, svm: SvmCapabilities) -> 
     report = Report("caps show", notes=list(caps.warnings), python=_python(session, "print(vtdbg.SvmCapabilities.of(caps).feature('NP'))"))
     facts = Pairs("processor")
     leaf = svm.cpuid(0x8000000A)
-    facts.add("revision", "SVM revision", leaf[0] & 0xFF if leaf is not None else None)
-    facts.add("asids", "address-space identifiers", svm.asids)
-    facts.add("physical_address_width", "physical-address width", svm.physical_address_width)
+    facts.add("revision", "SVM revision", _known(leaf[0] & 0xFF if leaf is not None else None))
+    facts.add("asids", "address-space identifiers", _known(svm.asids))
+    facts.add("physical_address_width", "physical-address width", _known(svm.physical_address_width))
     report.add(facts)
     if leaf is not None:
         report.add(_feature_table("svm_features", leaf[3]))
@@ -188,6 +193,10 @@ def _show_svm(session: Session, caps: VmxCapabilities, svm: SvmCapabilities) -> 
     if vm_cr is not None:
         report.add(_feature_table("vm_cr", vm_cr))
     return report
+
+
+def _known(number: Optional[int]) -> Value:
+    return Value(None, "unknown", "dim") if number is None else Value(number, str(number))
 
 
 def _fixed(name: str, value: Optional[int]) -> Value:

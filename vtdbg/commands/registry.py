@@ -171,7 +171,9 @@ def find_verb(words: Sequence[str]) -> Tuple[Verb, List[str]]:
     known = [words_[1] for words_ in verbs if len(words_) > 1]
     if len(words) == 1 or words[1].startswith("-"):
         raise UsageError(f"{words[0]}: which one? {', '.join(known)}")
-    raise UnknownName(f"{words[0]} command", words[1], near_names(words[1], known) or tuple(known))
+    # `msr 0x480`, `source mem.elf`: what the verb is about, without the verb.
+    forgotten = {"msr": (f"msr show {words[1]}", f"msr read {words[1]}"), "source": (f"source info -s {words[1]}",)}
+    raise UnknownName(f"{words[0]} command", words[1], near_names(words[1], known) or forgotten.get(words[0]) or tuple(known))
 
 
 COMMON_OPTIONS: Tuple[Opt, ...] = (
@@ -260,10 +262,28 @@ def _add_option(section: Any, option: Opt) -> None:
 
 def parse(found: Verb, words: Sequence[str], convert: Callable[[str, str], Any], program: str = "vtdbg") -> Dict[str, Any]:
     """The verb's arguments by name, converted by `convert(kind, text)`; common options included.  Raises UsageError."""
-    space = vars(parser_for(found, program).parse_args(list(words)))
+    given, surplus = parser_for(found, program).parse_known_args(list(words))
+    if surplus:
+        raise UsageError(_surplus(found, surplus, program))
+    space = vars(given)
     kinds = {argument.name: argument.kind for argument in found.arguments}
     kinds.update({option.dest: option.kind for option in found.options + COMMON_OPTIONS})
     return {name: _converted(kinds.get(name, "text"), value, convert) for name, value in space.items()}
+
+
+def _surplus(found: Verb, words: Sequence[str], program: str) -> str:
+    """What to do with words that the verb has no place for."""
+    flags = [option.flag for option in found.options + COMMON_OPTIONS]
+    first = words[0]
+    if first.startswith("--"):
+        near = near_names(first, flags)
+        hint = f"did you mean {', '.join(near)}?" if near else ""
+    elif first.startswith("sample:") or "/" in first or "." in first:
+        hint = f"a memory image is named with -s {first}" + (f", a log with --text {first}" if "--text" in flags else "")
+    else:
+        addresses = [flag for flag in ("--vmcs", "--vmcb", "--at") if flag in flags] if first[:2].lower() == "0x" else []
+        hint = f"an address goes behind {' or '.join(addresses)}" if addresses else ""
+    return f"unrecognized arguments: {' '.join(words)}; {hint + '; ' if hint else ''}see `{program} {found.name} --help`".replace("`  ", "` ")
 
 
 def _converted(kind: str, value: Any, convert: Callable[[str, str], Any]) -> Any:

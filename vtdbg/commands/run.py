@@ -30,9 +30,13 @@ def run_words(words: Sequence[str], session: Session, render: Render) -> Outcome
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             return Outcome(overview(session.program, words[1:]), FINE)
+        if words == ["version"]:
+            import vtdbg
+
+            return Outcome(f"vtdbg {vtdbg.__version__}\n", FINE)
         if len(words) == 1 and _has_verbs(words[0]):
             return Outcome(group_help(words[0], session.program), FINE)
-        if len(words) == 2 and words[1] in ("-h", "--help") and words[0] in registry.GROUPS:
+        if len(words) == 2 and words[1] in ("-h", "--help", "help") and words[0] in registry.GROUPS:
             return Outcome(overview(session.program, words[:1]), FINE)
         found, rest = registry.find_verb(words)
         if any(word in ("-h", "--help") for word in rest):

@@ -8,7 +8,7 @@ from typing import Iterable, Optional, Tuple, Union
 from vtdbg import bits
 from vtdbg.errors import FormatError
 from vtdbg.vmx.capabilities import WORD_SOURCES, Allowed, VmxCapabilities, msr_name
-from vtdbg.vmx.controls import ACTIVATED_BY
+from vtdbg.vmx.controls import ACTIVATED_BY, find_control
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def adjust(caps: VmxCapabilities, word: str, wanted: Union[int, Iterable[str]]) 
     else:
         number = 0
         for ident in wanted:
-            number |= table[ident].mask
+            number |= find_control(word, ident).mask
     if number < 0 or number >> table.width:
         raise FormatError(table.title, f"{number:#x} does not fit in {table.width} bits")
     notes = []

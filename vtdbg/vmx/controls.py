@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Mapping, Optional, Tuple
 
@@ -33,6 +34,28 @@ VM-Function Controls)."""
 def _bit(word: str, ident: str) -> Tuple[int, bits.BitField]:
     row = bits.table(word)[ident]
     return row.mask, row
+
+
+_PREFIXES = ("SECONDARY_EXEC_", "SECONDARY_VM_EXIT_", "TERTIARY_EXEC_", "CPU_BASED_", "PIN_BASED_", "VM_EXIT_", "VM_ENTRY_")
+_FILLERS = frozenset({"ENABLE", "USE", "ACTIVATE", "EXITING"})
+
+
+def find_control(word: str, name: str) -> bits.BitField:
+    """The control by identifier or name, or as Linux' headers write it (SECONDARY_EXEC_ENABLE_EPT); UnknownName with the near names."""
+    table = bits.table(word)
+    if name.lower() not in (known.lower() for row in table.fields for known in (row.ident, row.name)):
+        wanted = _essence(name)
+        same = {row.low: row for row in table.fields for known in (row.ident, row.name) if known and _essence(known) == wanted}
+        if len(same) == 1:
+            return next(iter(same.values()))
+    return table[name]
+
+
+def _essence(name: str) -> str:
+    """What sets a name apart: without the prefix of its word, and without "enable" and its like."""
+    text = name.strip().upper()
+    text = next((text[len(prefix):] for prefix in _PREFIXES if text.startswith(prefix)), text)
+    return "".join(part for part in re.split(r"[^A-Z0-9]+", text) if part not in _FILLERS)
 
 
 def word_value(vmcs: Vmcs, word: str) -> Optional[int]:

@@ -88,6 +88,11 @@ def indexes(name: str) -> Tuple[int, ...]:
     return _by_name().get(name.strip().upper()) or _by_name().get(_key(name), ())
 
 
+def _row_of(text: str) -> Optional[Msr]:
+    """The MSR whose index stands in a log without 0x."""
+    return msrs().get(int(text, 16)) if re.fullmatch(r"[0-9a-fA-F]{1,8}", text) else None
+
+
 def find(name: Union[int, str]) -> Msr:
     """The MSR by index (an int, "0x480", "480h") or by any name in any case, with or without MSR_ and IA32_.
 
@@ -99,7 +104,9 @@ def find(name: Union[int, str]) -> Msr:
         if index is None:
             known = indexes(name)
             if not known:
-                raise UnknownName("MSR", name, near_names(name, names()))
+                meant = _row_of(name.strip())
+                similar = near_names(name, names()) or near_names(f"IA32_{name}", names())
+                raise UnknownName("MSR", name, (f"{meant.index:#x} ({meant.name})",) if meant is not None else similar)
             index = known[0]
     else:
         index = name
