@@ -661,5 +661,14 @@ def test_a_narrow_window_does_not_scroll_sideways(browser: Browser, hooked_page:
     browser.tools("Emulation.setDeviceMetricsOverride", width=420, height=800, deviceScaleFactor=1, mobile=False)
     try:
         assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+        # What does not fit scrolls in its own box, and is not squeezed: evidence in columns of two letters, a picture with letters of three pixels.
+        assert browser.run("return document.querySelector('.table-vmcs td:last-child').getBoundingClientRect().width") >= 200
+        assert browser.run(f"return document.querySelector(`{PICTURE}`).getBoundingClientRect().width") >= 600
+        browser.run(f"document.querySelector(`{PICTURE}`).focus()")
+        browser.press(*["Right"] * 40)
+        seen = browser.run(f"const c = document.querySelector(`{PICTURE} .cursor`).getBoundingClientRect(); return [c.left, c.right]")
+        assert seen[0] >= 0 and seen[1] <= 420, "the cursor is scrolled into sight"
+        said = browser.run("return document.querySelector('figure[data-map] .readout').getBoundingClientRect().left")
+        assert said >= 0, "and what it says stays in sight"
     finally:
         browser.tools("Emulation.clearDeviceMetricsOverride")

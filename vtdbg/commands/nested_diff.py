@@ -13,6 +13,7 @@ from vtdbg.commands.session import Session
 from vtdbg.enumeration import Enumeration
 from vtdbg.errors import UsageError
 from vtdbg.nested.diff import ASPECTS, WORK, Broken, Change, Segment, Side, broken, diff_ranges, given_up
+from vtdbg.nested.meant import Told, told_apart
 from vtdbg.numbers import parse_range, size_text
 from vtdbg.report import FINDINGS, Block, Group, Lines, Report, Table, Value, hexa
 
@@ -110,7 +111,10 @@ def diff_report(command: str, session: Session, sides: Sides, *, gpa: Optional[s
                                         for problem in found.problems[-1:] if problem.kind == "limit"]))
         group.add(Lines("end", [Value(f"{reached:#x}", f"compared up to {reached - 1:#x}" if reached else "nothing was compared", "warn")]))
     wrong = broken(before, after, *(at for at in stopped if at is not None))
-    group.blocks += _broken_blocks(wrong, limit)
+    first_side = session.machine.memory, sides.before.tables
+    second_side = sides.other.machine.memory, sides.after.tables
+    told = [(item.side, one) for item in wrong for one in told_apart(*(second_side if item.side == "second" else first_side), [item.problem])]
+    group.blocks += _broken_blocks(told, limit)
     whole = reached == 1 << 64 and not stopped
     group.add(Lines("summary", [_summary(totals, wrong, whole)]))
     if totals or not whole or any(item.side != "both" for item in wrong):
@@ -176,22 +180,27 @@ def _side(side: Optional[Side], other: Optional[Side], aspects: Sequence[str]) -
     return Value(data, " ".join(words))
 
 
-def _broken_blocks(wrong: Sequence[Broken], limit: int) -> List[Block]:
+def _broken_blocks(told: Sequence[Tuple[str, Told]], limit: int) -> List[Block]:
     """Entries that lead nowhere, by side; those that both sides have are counted."""
     table = Table("broken", (("side", "side"), ("start", "guest-physical"), ("length", "size"), ("kind", "problem"), ("text", "what"), ("path", "")),
                   title="Entries that lead nowhere", wrap="text")
-    different = [item for item in wrong if item.side != "both"]
-    for item in different[:limit]:
-        problem = item.problem
-        table.add(Value(item.side, item.side, "warn"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)),
-                  Value(problem.kind, problem.kind, "bad"), problem.text, Value([f"{address:#x}" for address in problem.path], ""))
+    different = [(side, one) for side, one in told if side != "both"]
+    for side, one in different[:limit]:
+        problem = one.problem
+        table.add(Value(side, side, "warn"), hexa(problem.start, 9), Value(problem.length, size_text(problem.length)),
+                  Value(problem.kind, "MMIO" if one.meant else problem.kind, "dim" if one.meant else "bad"), one.text,
+                  Value([f"{address:#x}" for address in problem.path], ""))
     blocks: List[Block] = [table] if table.rows else []
     if len(different) > limit:
         blocks.append(Lines("broken_cut", [Value(len(different) - limit, f"... {len(different) - limit} more of them: --limit shows more", "warn")]))
-    alike = len(wrong) - len(different)
+    alike = sum(1 for side, one in told if side == "both" and not one.meant)
     if alike:
         words = f"{alike} {'entries or tables are' if alike > 1 else 'entry or table is'} broken in both alike (`dump` lists them)"
         blocks.append(Lines("broken_alike", [Value(alike, words, "dim")]))
+    pages = sum(one.problem.entries for side, one in told if side == "both" and one.meant)
+    if pages:
+        words = f"{pages} page{'s' * (pages != 1)} that KVM makes fault on purpose (MMIO) in both alike"
+        blocks.append(Lines("mmio_alike", [Value(pages, words, "dim")]))
     return blocks
 
 

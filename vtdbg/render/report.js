@@ -294,6 +294,7 @@
       this.cursor = this.aligned(page);
       const x = LEFT + (this.cursor - this.places[row].start) / this.view.cell * CELL;
       for (const item of [this.halo, this.mark]) { item.setAttribute("x", x); item.setAttribute("y", this.places[row].y); }
+      if (document.activeElement === this.svg) this.halo.scrollIntoView({block: "nearest", inline: "nearest"});
       this.say(this.describe(this.cursor, this.cursor + this.view.cell));
     }
 
