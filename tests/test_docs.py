@@ -62,6 +62,19 @@ def test_documents_show_output() -> None:
     assert len([1 for document, _, _ in blocks() if document == "README.md"]) >= 5
 
 
+def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample holds a page without a VMCS too, over which a script must not fall."""
+    for code in re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(code, "README.md", "exec"), {})
+    assert "0x6bd9000 0x1009e" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+        assert "://" in target or (document.parent / target).exists(), target
+
+
 def test_every_group_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     for group in registry.GROUPS:

@@ -54,8 +54,12 @@ def group_tables(values: Iterable[Shown], titles: Mapping[str, str], show_all: b
                 table.add(*_row(row))
             blocks.append(table)
     if hidden:
-        which = "do not count" if used_only else "are 0 and matter for SMM, SEAM, FRED or after a VMfail only"
-        blocks.append(Lines("hidden", [Value(hidden, f"{hidden} fields {which}: not shown{'' if used_only else ' (--all shows them)'}.", "dim")]))
+        one = hidden == 1
+        which = "not count" if used_only else "0 and matter for SMM, SEAM, FRED or after a VMfail only"
+        verb = ("does" if one else "do") if used_only else ("is" if one else "are")
+        which = which.replace("matter", "matters") if one else which
+        more = "" if used_only else f" (--all shows {'it' if one else 'them'})"
+        blocks.append(Lines("hidden", [Value(hidden, f"{hidden} field{'' if one else 's'} {verb} {which}: not shown{more}.", "dim")]))
     return blocks
 
 
