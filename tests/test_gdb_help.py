@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Iterator
 
@@ -15,9 +16,10 @@ import pytest
 from lab_amd import build
 from support.live import PATIENCE, had
 
+import vtdbg
 from vtdbg.commands import registry
 from vtdbg.commands.gdbhelp import help_texts
-from vtdbg.targets.start import gdb_arguments, gdb_environment
+from vtdbg.targets.start import gdb_arguments, gdb_environment, plugin_file
 
 FILE = Path(__file__).parent.parent / "gdb_plugin" / "vtdbg_gdb" / "help.json"
 
@@ -101,3 +103,13 @@ def test_a_wrong_verb_has_suggestions(real: None) -> None:
     done = subprocess.run(gdb_arguments(["-q", "-nx", "-batch", "-ex", "vmcs dmup"]), env=gdb_environment(), capture_output=True, text=True,
                           timeout=PATIENCE, check=False)
     assert done.stderr.strip() == "vt: unknown vmcs command 'dmup'; did you mean dump?"
+
+
+@pytest.mark.live
+def test_installed_apart_from_its_dependencies(real: None, tmp_path: Path) -> None:
+    """No environment lies beside the packages: GDB's Python gets the folder that this Python has tabulate from, whose 0.10 is a package."""
+    for name, place in (("vtdbg", Path(vtdbg.__file__).parent), ("vtdbg_gdb", Path(plugin_file()).parent)):
+        (tmp_path / name).symlink_to(place)
+    done = subprocess.run([sys.executable, "-m", "vtdbg", "gdb", "-q", "-nx", "-batch", "-ex", "vt exit explain --reason 48"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert "EPT_VIOLATION" in done.stdout and done.stderr == "", done

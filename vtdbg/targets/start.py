@@ -25,6 +25,9 @@ def gdb_environment() -> Dict[str, str]:
     import tabulate
 
     site = os.path.dirname(os.path.abspath(tabulate.__file__))
+    # A module up to version 0.9, a package since.
+    if hasattr(tabulate, "__path__"):
+        site = os.path.dirname(site)
     return {**os.environ, "VTDBG_SITE": site}
 
 
