@@ -198,7 +198,7 @@ def _row(finding: Finding, message: Value, style: str) -> Tuple[Any, ...]:
 def _failures(key: str, title: str, rows: Sequence[Finding], style: str) -> Table:
     table = Table(key, COLUMNS, title=title, headings=False, wrap="message")
     for finding in rows:
-        words = finding.message + (f" Try: {finding.hint}" if finding.hint else "") + f" [{finding.see}]"
+        words = finding.message + (f". Try: {finding.hint}" if finding.hint else "") + f" [{finding.see}]"
         table.add(*_row(finding, Value(finding.message, words), style))
     return table
 

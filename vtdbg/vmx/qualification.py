@@ -215,7 +215,9 @@ def _ept_sentence(value: int, context: Context) -> str:
     where = f", guest-physical {context.physical:#x}" if context.physical is not None else ""
     allowed = value >> 3 & 7
     permission = "".join(letter if allowed >> bit & 1 else "-" for bit, letter in enumerate("rwx"))
-    cause = "EPT has nothing there (not present)" if not allowed and not value >> 6 & 1 else f"EPT allows {permission}"
+    # Bits 5:3 are ANDed over the levels: 0 does not tell a missing entry from levels that give no right together.
+    nothing = not allowed and not value >> 6 & 1
+    cause = "EPT allows nothing there (not present, or no right that all levels give)" if nothing else f"EPT allows {permission}"
     missing = [kind for bit, kind in ((0, "read"), (1, "write"), (2, "execute")) if value >> bit & 1 and not allowed >> bit & 1]
     if missing and allowed:
         cause += f", {' and '.join(missing)} is missing"
