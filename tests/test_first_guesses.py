@@ -90,6 +90,8 @@ def test_a_number_that_is_an_exit_of_both_makers_is_said_to_be_one(ran: Ran) -> 
     """48 is EPT_VIOLATION on VMX and the write of DR0 on SVM (appendices of both manuals): which one was taken is no secret."""
     status, out, _ = ran("exit explain 48 0x182")
     assert status == 0 and "taken for VMX exit reason 48" in out and "--exit-code 48" in out and "(WRITE_DR0)" in out
+    # "VMLAUNCH failed with error 7" is neither.
+    assert "--instruction-error 7 (ENTRY_INVALID_CONTROL_FIELD)" in " ".join(ran("exit explain 7")[1].split())
     assert "SVM (NPF)" in ran("exit explain --reason 0x400")[1]
 
 

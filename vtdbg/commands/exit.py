@@ -114,7 +114,9 @@ def _address_or_numbers(session: Session, report: Report, words: List[str], give
     if vmx is None and svm is None:
         raise UsageError(f"{first} is neither the address of a page (4 KiB aligned) nor an exit: `exit reasons` lists them{_without_0x(first)}")
     if vmx is not None and svm is not None:
-        report.notes.append(f"{first} is taken for VMX exit reason {vmx.number} ({vmx.name}); SVM: --exit-code {first} ({svm.name})")
+        failed = vmx_exits.instruction_errors().get(number) if number is not None else None
+        report.notes.append(f"{first} is taken for VMX exit reason {vmx.number} ({vmx.name}); SVM: --exit-code {first} ({svm.name})"
+                            + (f"; what VM_INSTRUCTION_ERROR holds: --instruction-error {first} ({failed.name})" if failed is not None else ""))
     names = ("reason", "qualification") if vmx is not None else ("exit_code", "exit_info_1", "exit_info_2")
     if len(words) > len(names):
         raise UsageError(f"{' '.join(words[len(names):])}: behind {first} only {' and '.join(names[1:])} can stand; the others have options (--help)")
