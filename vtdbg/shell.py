@@ -24,8 +24,9 @@ HISTORY_LENGTH = 1000
 ADDRESSES_KEPT = 4096
 LEAVE = ("exit", "quit")
 HELP = """\
-In the shell: `source FILE` (or gdb:HOST:PORT) changes what is looked at, as -s does with any command; `help [GROUP [VERB]]`; `exit` or Ctrl-D
-leaves.  Tab completes verbs, options, fields, files and the addresses that were printed.
+In the shell: `source FILE` (or gdb:HOST:PORT) changes what is looked at, as -s
+does with any command; `help [GROUP [VERB]]`; `exit` or Ctrl-D leaves.  Tab
+completes verbs, options, fields, files and the addresses that were printed.
 """
 _PER_COMMAND = ("--json", "--python", "--scan", "--no-fast")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{3,16}\b")
