@@ -178,6 +178,10 @@ def look(memory: PhysicalMemory, structure: Structure, first: int = 0, last: int
             kept.append(row)
         count, reached = count + 1, row[0] + row[2]
     limit = next((problem for problem in found.problems if problem.kind == "limit"), None)
+    if limit is not None and count > len(kept):
+        # Tables that were given up are not all compared anyway: what is kept has to do, and where it ends is said.
+        return Seen(memory, structure, tuple(kept), len(kept), found, whole=False, first=first, last=last, reached=kept[-1].end, why=limit.text,
+                    apart=apart)
     return Seen(memory, structure, tuple(kept), count, found, found.complete, first, last, limit.start if limit else reached,
                 limit.text if limit else "", apart)
 
