@@ -60,15 +60,15 @@ COMMANDS: Dict[str, List[str]] = {
     ],
     "amd": [
         "vmcb list",
-        "vmcb dump",
-        "vmcb check",
+        "vmcb dump 0x1f22000",
+        "vmcb check 0x1f22000",
         "vmcb get rip exit_code",
-        "exit explain",
-        "msrbitmap dump",
-        "npt walk 0x1000",
-        "npt walk 0x200000",
-        "npt dump",
-        "gva walk 0xffff800000000091",
+        "exit explain --vmcb 0x1f22000",
+        "msrbitmap dump --vmcb 0x1f22000",
+        "npt walk 0x1000 --vmcb 0x1f22000",
+        "npt walk 0x200000 --vmcb 0x1f22000",
+        "npt dump --vmcb 0x1f22000",
+        "gva walk 0xffff800000000091 --vmcb 0x1f22000",
         "gdt dump --cpu 0",
         "idt dump --cpu 0",
         "tss dump --cpu 1",
@@ -129,7 +129,7 @@ NOT_COMPARED = {
     "windbg", "cpuid", "exit trace", "kvm list", "kvm symbols", "msr read", "sgdt", "vmcs layout", "where", "report",
 }
 # What pykd is asked of a live kernel too; the rest of it is the same code as on a dump.
-PYKD_LIVE = {"intel": ["ept walk 0x1000 --vmcs 0x6826000", "vmcs dump 0x6826000"], "amd": ["vmcb dump", "npt walk 0x1000"]}
+PYKD_LIVE = {"intel": ["ept walk 0x1000 --vmcs 0x6826000", "vmcs dump 0x6826000"], "amd": ["vmcb dump 0x1f22000", "npt walk 0x1000 --vmcb 0x1f22000"]}
 MISSING = "phys 0x3000000000"
 VMCS = 0x6826000
 VMREAD = f"vmcs dump {VMCS:#x} --vmread --assume-host --json"
@@ -145,8 +145,13 @@ FAULTS: Dict[str, Request] = {
     "long search": {"backend": "ctypes", "words": "vmcs list"},
     "part of it": {"backend": "ctypes", "words": PART},
     "no patch": {"backend": "ctypes", "words": f"{VMREAD} --yes --no-patch"},
-    "broken injection": {"backend": "ctypes", "words": f"{VMREAD} --yes", "interrupt": 20},
+    "broken injection": {"backend": "ctypes", "words": f"{VMREAD} --yes", "interrupt": ["step", 20]},
     "Ctrl-Break": {"backend": "ctypes", "words": PART, "interrupt": 0},
+    "Ctrl-Break in a read": {"backend": "ctypes", "words": "gdt dump --cpu 1", "interrupt": ["read_physical", 1]},
+    "Ctrl-Break in a read, pykd": {"backend": "pykd", "words": "gdt dump --cpu 1", "interrupt": ["read_physical", 1]},
+    "Ctrl-Break elsewhere": {"backend": "ctypes", "words": "gdt dump --cpu 1", "interrupt": ["register", 3]},
+    "late Ctrl-Break": {"backend": "ctypes", "words": PHYS, "interrupt": ["write", 1]},
+    "exit trace": {"backend": "ctypes", "words": "exit trace @rip"},
     "MSR, pykd": {"backend": "pykd", "words": "msr read 0xc0000080 0x480"},
     "no such MSR, pykd": {"backend": "pykd", "words": "msr read 0x490"},
 }
@@ -449,6 +454,27 @@ def test_ctrl_break_during_an_injection_leaves_the_target_as_it_was(engines: Eng
     kernel, fresh = stub.kernel, Kernel(wrap([(VMCS, bytes(PAGE))], empty=[(0x100000, 0x400000)]))
     assert bytes(kernel.context[0][:0x100]) == bytes(fresh.context[0][:0x100])
     assert kernel.image.read_linear(CODE - 16, 0x100) == fresh.image.read_linear(CODE - 16, 0x100)
+
+
+def test_a_read_that_ctrl_break_refuses_is_not_missing_memory(engines: Engines) -> None:
+    """dbgeng refuses all reads while a Ctrl-Break waits: what it comes in must not say that the target has no such page."""
+    answers = fault(engines)
+    for name in ("Ctrl-Break in a read", "Ctrl-Break in a read, pykd"):
+        assert answers[name] == (2, "vt: interrupted (Ctrl-Break)\n")
+    # One that comes behind the last piece of output is not the next command's.
+    assert answers["late Ctrl-Break"] == answers["broken into"] and answers["exit trace"][1].startswith("vt: in WinDbg")
+
+
+def test_ctrl_break_while_another_processor_is_looked_at(engines: Engines) -> None:
+    """The user's processor is selected again, and the Ctrl-Break, which `~0s` takes, is not lost."""
+    session = engines["faults"].result()
+    assert fault(engines)["Ctrl-Break elsewhere"] == (2, "vt: interrupted (Ctrl-Break)\n")
+    assert session.end["ctypes"][0] == session.end["pykd"][0] == 0
+
+
+def test_exit_trace_is_refused(engines: Engines) -> None:
+    status, text = fault(engines)["exit trace"]
+    assert status == 2 and text.startswith("vt: in WinDbg nothing is run to an address") and text.count("\n") == 1
 
 
 def test_registers_of_every_processor(engines: Engines) -> None:

@@ -236,6 +236,26 @@ def test_an_interrupt_does_not_keep_a_target_from_being_put_back() -> None:
     assert engine.calls == ["write 0x8", "step"]
 
 
+def test_an_interrupt_during_a_read_is_not_a_missing_page() -> None:
+    engine = Numbers([0x1000])
+    engine.read_physical = lambda address, size: (setattr(engine, "stop", True), b"")[1]  # type: ignore[method-assign, func-returns-value]
+    with pytest.raises(Interrupted):
+        DbgEngPort(engine).memory.read(0x1000, 8)
+
+
+def test_an_interrupt_on_another_processor_is_reported_on_the_users_own() -> None:
+    engine = Numbers([0x1000])
+    port = DbgEngPort(engine)
+    # As the engine does: asking takes it, and so does the command that switches.
+    engine.interrupted = lambda: [engine.stop, setattr(engine, "stop", False)][0]  # type: ignore[method-assign, func-returns-value]
+    with pytest.raises(Interrupted), port.on(1):
+        assert engine.current == 1
+        engine.stop = True
+    assert engine.current == 0
+    with port.on(1):
+        pass
+
+
 def test_output_stops_between_two_pieces() -> None:
     engine = Numbers([])
     engine.write = lambda words, dml=False: (engine.calls.append(words), setattr(engine, "stop", True))[0]  # type: ignore[method-assign, func-returns-value]

@@ -37,9 +37,12 @@ def broken(engine: Engine, method: str, call: int) -> Engine:
         return result
 
     def interrupted() -> bool:
-        while left[0] <= 0 and not asked():
+        pressed = left[0] <= 0
+        while pressed and not asked():
             time.sleep(0.01)
-        return left[0] <= 0
+        if pressed:
+            left[0] = sys.maxsize
+        return pressed
 
     setattr(engine, method, call_and_press)
     engine.interrupted = interrupted

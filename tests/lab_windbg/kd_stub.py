@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional
 
 from lab_windbg.image import DEBUGGER_BLOCK, MODULES, NT, PRCB, PRCB_CONTEXT, PRCB_SPECIAL, PRCB_THREAD, PROCESSOR_BLOCK, Image
+from lab_windbg.lab import prompt
 
 DATA, CONTROL = b"0000", b"iiii"
 STATE_MANIPULATE, ACKNOWLEDGE, RESEND, RESET, STATE_CHANGE = 2, 4, 5, 6, 7
@@ -135,7 +136,7 @@ class KdStub(threading.Thread):
         try:
             with self._listener:
                 self._peer = self._listener.accept()[0]
-            with self._peer:
+            with self._peer, prompt():
                 self._peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._serve()
         except (EOFError, ConnectionError):

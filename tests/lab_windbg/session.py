@@ -1,8 +1,9 @@
 """Runs in Windows' Python: opens a target, then runs command lines through the plugin with each backend.
 
 session.py TARGET FILE: TARGET is a dump or kd:OPTIONS.  FILE holds one JSON object a line: {"backend", "words", optional "interrupt", "state"}.
-"interrupt": 0 for a Ctrl-Break before the command, N for one at the Nth step of the target.  "state": "go" where the target was told to run and
-nobody waits for it, "running" where it does run, until it is broken into after the command; "began": the file that is there once it does.
+"interrupt": 0 for a Ctrl-Break before the command, [METHOD, N] for one in the Nth call of that method of the engine.  "state": "go" where the
+target was told to run and nobody waits for it, "running" where it does run, until it is broken into after the command; "began": the file that is
+there once it does.
 Prints one JSON object a line: {"status", "text"} of each, then the selected processor and all registers.  Opening is pykd's: both backends
 then look at the same session of the engine, as they do inside WinDbg.
 """
@@ -40,17 +41,20 @@ def interrupt(engine: Engine, kind: int = INTERRUPT_PASSIVE) -> None:
     control(engine, 4, ctypes.c_uint32)(kind)
 
 
-def at_step(engine: Engine, number: int) -> None:
-    """The Ctrl-Break comes when the target has made its Nth step; one that comes while the engine waits for the step is lost in it."""
-    step, left = engine.step, [number]
+def at_call(engine: Engine, method: str, number: int, press: Callable[[], None]) -> None:
+    """The Ctrl-Break comes in the Nth call from now: before memory is read, after all else; one during a step is lost in it."""
+    real, left = getattr(engine, method), [number]
 
-    def counted() -> None:
-        step()
+    def counted(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
-        if not left[0]:
-            interrupt(engine)
+        if not left[0] and method.startswith("read_"):
+            press()
+        result = real(*arguments, **options)
+        if not left[0] and not method.startswith("read_"):
+            press()
+        return result
 
-    engine.step = counted  # type: ignore[method-assign]
+    setattr(engine, method, counted)
 
 
 def go(engine: Engine) -> None:
@@ -103,7 +107,7 @@ def main(target: str, path: str) -> None:
         if request.get("interrupt") == 0:
             interrupt(engines["ctypes"])
         elif request.get("interrupt"):
-            at_step(engine, request["interrupt"])
+            at_call(engine, *request["interrupt"], lambda: interrupt(engines["ctypes"]))
         if request.get("state") == "running":
             status = while_running(engine, lambda mine: execute(mine, words, dml=False), write, request["began"])  # noqa: B023
         else:

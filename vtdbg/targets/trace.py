@@ -9,7 +9,7 @@ from typing import Callable, List, Optional, Tuple
 
 from vtdbg.errors import VtdbgError
 from vtdbg.targets.interrupts import deliver, held_back
-from vtdbg.targets.port import Port, TargetGone
+from vtdbg.targets.port import Port, TargetGone, Unsupported
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Trace:
 def trace(port: Port, handler: int, count: int, read: Callable[[], Exit], timeout: Optional[float] = None) -> Trace:
     """Up to `count` exits: resumes to `handler`, calls `read`.  Its breakpoint is removed after each stop; Ctrl-C ends it, with what there is.
 
-    Raises TargetGone where the connection is lost.
+    Raises TargetGone where the connection is lost, Unsupported where the debugger cannot do it at all.
     """
     found = Trace()
     try:
@@ -62,6 +62,8 @@ def trace(port: Port, handler: int, count: int, read: Callable[[], Exit], timeou
     except TargetGone:
         raise
     except VtdbgError as error:
+        if isinstance(error, Unsupported) and not found.exits:
+            raise
         found.ended = str(error)
     return found
 

@@ -103,6 +103,8 @@ def execute(engine: Engine, words: Sequence[str], dml: bool, prefix: str = "vt")
         if number and engine.interrupted():
             raise Interrupted(INTERRUPTED)
         engine.write(piece, dml=not plain)
+    # A Ctrl-Break that came too late for this command is not the next one's.
+    engine.interrupted()
     return outcome.status
 
 

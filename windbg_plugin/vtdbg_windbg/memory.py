@@ -30,6 +30,8 @@ class EngineMemory(PhysicalMemory):
         self._stop_if_interrupted()
         data = self._there(address, size)
         if len(data) < size:
+            # A Ctrl-Break that came during the read made the engine refuse it: then nothing is known to be missing.
+            self._stop_if_interrupted()
             raise MemoryUnavailable(address + len(data), size - len(data), self._missing)
         return data
 
@@ -50,7 +52,10 @@ class EngineMemory(PhysicalMemory):
         if not self._asked:
             # With an interrupt waiting the engine refuses reads, which would look like memory that nobody knows.
             self._stop_if_interrupted()
-            self._ranges, self._asked = physical_ranges(self._engine), True
+            self._ranges = physical_ranges(self._engine)
+            if self._ranges is None:
+                self._stop_if_interrupted()
+            self._asked = True
         return self._ranges
 
     @property
@@ -70,6 +75,8 @@ class EngineMemory(PhysicalMemory):
                 # Pieces begin at their own multiples, so that a hole costs no more than one of them.
                 count = min(end, (at | (self._piece - 1)) + 1) - at
                 data = self._there(at, count)
+                if len(data) < count:
+                    self._stop_if_interrupted()
                 if data:
                     yield at, memoryview(data)
                 at += count if len(data) == count else (len(data) & -PAGE_SIZE) + PAGE_SIZE

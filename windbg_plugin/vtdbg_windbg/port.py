@@ -130,6 +130,9 @@ class DbgEngPort(Port):
             # Whatever was read may have changed.
             self.memory.drop()
 
+    def run_to(self, address: int, timeout: Optional[float] = None) -> bool:
+        raise Unsupported("in WinDbg nothing is run to an address: `exit trace` is for GDB, or -s gdb:HOST:PORT")
+
     def evaluate(self, expression: str) -> int:
         return self.engine.evaluate(expression)
 
@@ -157,10 +160,18 @@ class DbgEngPort(Port):
 
     @contextmanager
     def on(self, number: int) -> Iterator[None]:
-        """Looks from processor `number`; the user's own is selected again whatever happens."""
+        """Looks from processor `number`; the user's own is selected again whatever happens.
+
+        The command that switches takes a Ctrl-Break that waits: it is noted before, and reported when all is as it was.
+        """
         before = self.engine.processor()
+        self._take_interrupt()
         self.select(number)
         try:
             yield
         finally:
+            self._take_interrupt()
             self.select(before)
+        if self._interrupted:
+            self._interrupted = False
+            raise Interrupted(INTERRUPTED)

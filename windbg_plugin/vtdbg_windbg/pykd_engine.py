@@ -13,6 +13,7 @@ PAGE = 4096
 # KDDEBUGGER_DATA64 (wdbgexts.h): tag (the size of the block follows it), MmPhysicalMemoryBlock.
 KDBG, KDBG_TAG, KDBG_BLOCK = b"KDBG", 0x10, 0x270
 _KERNEL = re.compile(r"Kernel base = 0x([0-9a-f`]+)")
+NOTHING = ".echo"
 PIECE, MOST_SEARCHED = 0x10000, 0x2000000
 """How the kernel's image is searched for the debugger data block."""
 
@@ -27,6 +28,8 @@ class PykdEngine(Engine):
 
         self.pykd: Any = pykd
         self.inside = bool(pykd.isWindbgExt())
+        self._taken = False
+        """A Ctrl-Break was taken that nobody was told of."""
         self._failures = (pykd.DbgException, pykd.MemoryException, pykd.SymbolException, RuntimeError)
 
     def _ask(self, what: str, *arguments: Any) -> Any:
@@ -62,6 +65,14 @@ class PykdEngine(Engine):
         """All or nothing in pykd: where all fails, the part up to the first bad page."""
         try:
             return self._load(address, size, physical)
+        except self._failures:
+            pass
+        # While a Ctrl-Break waits the engine refuses all memory; any command takes it.  Inside WinDbg pykd takes it too, a quarter of a second later.
+        self._command(NOTHING)
+        try:
+            data = self._load(address, size, physical)
+            self._taken = True
+            return data
         except self._failures:
             pass
         pieces: List[bytes] = []
@@ -164,5 +175,6 @@ class PykdEngine(Engine):
         return self.inside and " on " in self._command(".prefer_dml")
 
     def interrupted(self) -> bool:
-        # pykd itself ends a script on Ctrl-Break, by an exception (see app.main).
-        return False
+        # pykd itself ends a script on Ctrl-Break, by an exception (see app.main), and has no function to ask for one.
+        taken, self._taken = self._taken, False
+        return taken
