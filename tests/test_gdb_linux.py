@@ -596,6 +596,31 @@ def test_vmcb12_in_the_guests_memory(nested: Smp, symbols: Path) -> None:
         assert f"{int.from_bytes(page[0x578:0x580], 'little'):#018x}" in text
 
 
+def ran_with(text: str) -> Dict[str, str]:
+    """{vmcb02: by what} of `source scan --json`: what the guest of a guest ran with."""
+    found: Dict[str, str] = {}
+
+    def look(item: Any) -> None:
+        if isinstance(item, dict) and "ran_with" in item:
+            found.update(zip(item["ran_with"], item["ran_with_evidence"]))
+        for inner in item.values() if isinstance(item, dict) else item if isinstance(item, list) else ():
+            look(inner)
+
+    look(json.loads(text[text.index("{"):]))
+    return found
+
+
+def test_vmcb02_is_paired_without_kvms_objects_as_they_pair_it(nested: Smp, symbols: Path) -> None:
+    """While the guest's guest runs: by what KVM merges, and with the symbols by nested.vmcb02 and nested.vmcb12_gpa themselves."""
+    with plugged(nested.port, "set width 150") as gdb:
+        by_pages = ran_with(gdb.execute("vt source scan --json"))
+    with with_symbols(nested, symbols) as gdb:
+        by_objects = ran_with(gdb.execute("vt source scan --json"))
+    assert list(by_pages) == list(by_objects) == [f"{nested.state['vmcb']['l2']:#x}"]
+    (guessed,), (said,) = by_pages.values(), by_objects.values()
+    assert said.startswith("by KVM's objects") and "KVM's objects" not in guessed, (guessed, said)
+
+
 def test_exit_trace_of_two_processors(nested: Smp) -> None:
     """Last of these, for the machine runs: the exits of each processor are those of the guests that are pinned to it, with its own VMCB."""
     with plugged(nested.port, "set width 150") as gdb:

@@ -439,7 +439,7 @@ VMCB01, VMCB02, VMCB12, VMCB12_GPA = 0x5C6B000, 0x1E64000, 0x59C8000, 0x20000
 @pytest.fixture
 def kvm_nested() -> Ram:
     """Pages of a machine with KVM (Linux 6.1) on an emulated SVM processor, stopped while the guest of VM B's guest ran: the VMCBs, their nested
-    tables and the guest pages.  Which VMCB is which was said by KVM's own objects (struct vcpu_svm), read with the kernel's types."""
+    tables and the guest pages.  vmcb02 and vmcb12 hold the same guest state there; that KVM's objects pair the same ones is tested live."""
     data = lzma.decompress((Path(__file__).parent / "data" / "amd" / "kvm-nested-svm.pages.xz").read_bytes())
     ram = Ram()
     for at in range(0, len(data), 8 + 4096):
