@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -36,6 +37,8 @@ class TableBuilder:
         self.free = base
         self.root = self.page()
         self.made: List[Mapping] = []
+        self._starts: List[int] = []
+        self._ends: Dict[int, int] = {}
 
     def page(self) -> int:
         at = self.free
@@ -65,7 +68,9 @@ class TableBuilder:
     def map(self, address: int, target: int, size: int, leaf_flags: int, table_flags: int) -> Optional[Mapping]:
         """One page; None where something is mapped there already."""
         level = {K4: 1, M2: 2, G1: 3}[size]
-        if any(made.address < address + size and address < made.address + made.size for made in self.made):
+        # Pages do not overlap: of those that begin before this one's end, the last one reaches furthest.
+        place = bisect_left(self._starts, address + size)
+        if place and self._ends[self._starts[place - 1]] > address:
             return None
         at, granted = self.entry_address(address, level, table_flags)
         if self.get(at):
@@ -74,6 +79,8 @@ class TableBuilder:
         self.set(at, entry)
         made = Mapping(address, target, size, granted & (entry ^ self.inverse), entry, at)
         self.made.append(made)
+        self._starts.insert(place, address)
+        self._ends[address] = address + size
         return made
 
     def memory(self, *more: Tuple[int, bytes]) -> PhysicalMemory:
