@@ -76,15 +76,15 @@ def test_io_that_cannot_be(value: int, complaint: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [
-    (0x781, "read at a linear address; EPT allows nothing there (not present, or no right that all levels give)"),
+    (0x781, "read at a linear address; EPT allows nothing there (not present, or no right common to all levels)"),
     (0x18A, "write at a linear address; EPT allows r--, write is missing"),
     (0x19A, "write at a linear address; EPT allows rw-: the permission is there, so look at bits 6 and 13 to 15, sub-page permissions, "
             "or an entry that changed"),
     (0x1AA, "write at a linear address; EPT allows r-x, write is missing"),
     (0x19C, "instruction fetch at a linear address; EPT allows rw-, execute is missing"),
     (0x82, "write of a guest paging-structure entry while the processor walked for a linear address; "
-           "EPT allows nothing there (not present, or no right that all levels give)"),
-    (0x1, "read with no linear address; EPT allows nothing there (not present, or no right that all levels give)")])
+           "EPT allows nothing there (not present, or no right common to all levels)"),
+    (0x1, "read with no linear address; EPT allows nothing there (not present, or no right common to all levels)")])
 def test_ept_violations(value: int, text: str) -> None:
     """Bits 2:0 the access, 5:3 what EPT allows, 8:7 what the address is."""
     assert said("qual_ept", value) == text

@@ -217,7 +217,7 @@ def _ept_sentence(value: int, context: Context) -> str:
     permission = "".join(letter if allowed >> bit & 1 else "-" for bit, letter in enumerate("rwx"))
     # Bits 5:3 are ANDed over the levels: 0 does not tell a missing entry from levels that give no right together.
     nothing = not allowed and not value >> 6 & 1
-    cause = "EPT allows nothing there (not present, or no right that all levels give)" if nothing else f"EPT allows {permission}"
+    cause = "EPT allows nothing there (not present, or no right common to all levels)" if nothing else f"EPT allows {permission}"
     missing = [kind for bit, kind in ((0, "read"), (1, "write"), (2, "execute")) if value >> bit & 1 and not allowed >> bit & 1]
     if missing and allowed:
         cause += f", {' and '.join(missing)} is missing"
