@@ -30,6 +30,8 @@ NO_RANGES = ("which memory exists is not known, so it was not searched for contr
              "or search a part by `vmcs list --scan A-B`")
 THROUGH_GUEST = ("{expression}: the debugger has read memory for it through the page tables of the guest that the processor is in; what the "
                  "hypervisor has at such an address it does not read")
+NOT_LOOKED = -1
+"""The number of no processor."""
 LEFT_PHYSICAL = ("the stub's memory packets were physical before this command (an earlier client left it so): virtual reads of every debugger "
                  "show physical memory; `maintenance packet Qqemu.PhyMemMode:0` ends it")
 
@@ -70,10 +72,6 @@ class LiveMemory(PhysicalMemory):
 
     def close(self) -> None:
         self._machine.release()
-
-
-NOT_LOOKED = -1
-"""The number of no processor."""
 
 
 class LiveMachine(Machine):
@@ -320,7 +318,6 @@ class LiveMachine(Machine):
             if self._where.mode == "unknown":
                 self.processors.look_again()
                 self._number, self._put_off = NOT_LOOKED, False
-
 
     def look_from(self, symbols: Sequence[str], thread: Optional[int]) -> None:
         """Has the debugger load files of symbols, and select a processor."""
