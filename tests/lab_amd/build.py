@@ -76,7 +76,7 @@ def _unpack_kernel(package: str) -> Path:
     target = CACHE / package
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         folder = Path(name)
-        _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", package], folder)
+        _run(["apt-get", "download", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=5", package], folder)
         archive = next(folder.glob("*.deb"))
         _run(["dpkg", "-x", archive.name, "tree"], folder)
         _put(folder / "tree", target)
